@@ -1,0 +1,69 @@
+"""The claims file: shared memory in which each worker says which job it is about to run.
+
+One slot of eight 64-bit words for each worker, mapped by the daemon, the fork server and the workers. A
+worker numbers the jobs that it is given 1, 2, 3...: their *positions*. It writes the job's `seq` and position
+before it calls the method, and the position again once the method has returned, so that whoever looks at
+the slot, also after a SIGKILL of the worker, of the daemon, or of both, knows exactly which job was running.
+
+The parent uses the slot in the other direction to take back jobs that a worker has not begun: it writes a range
+of positions, waits for `VISIBLE` seconds and reads `STARTED`. After that wait either the worker has
+seen the range, or the parent sees the claim; no lock is shared, so none can be lost with a killed worker, and a
+worker that is inside a long C call need not answer.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+SLOTS = 1024
+WORDS = 8
+SIZE = SLOTS * WORDS * 8
+
+SEQ = 0  # seq of the job at STARTED; 0 for a job that must not be blamed on anybody
+STARTED = 1  # position of the latest job that was begun
+DONE = 2  # position of the latest job whose end needs no message, or whose message is sent
+SINCE = 3  # when STARTED was begun, CLOCK_MONOTONIC in nanoseconds (one clock for all processes)
+REVOKED_FROM = 4  # positions from here ...
+REVOKED_TO = 5  # ... to before here must not be begun
+EXPIRED = 6  # position of the job that has run out of time
+
+NEVER = 2**64 - 1  # in REVOKED_FROM: nothing is taken back
+VISIBLE = 0.001  # seconds after which a store is surely seen by the other processor; drains take under 1 us
+
+
+class Claims:
+    """The mapped file. `path=None` makes an anonymous one, for a queue that lives in memory only."""
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+        self._map = mmap.mmap(fd, SIZE)
+        self._words = memoryview(self._map).cast("Q")
+
+    @classmethod
+    def open(cls, path: Path | None) -> Claims:
+        """Map `path`, keeping what an earlier daemon left in it. Raises OSError."""
+        if path is None:
+            fd = os.memfd_create("workerd-claims", os.MFD_CLOEXEC)
+        else:
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        # allocated, not sparse: a write into a hole of a full disk would be a SIGBUS
+        os.posix_fallocate(fd, 0, SIZE)
+        return cls(fd)
+
+    def slot(self, number: int) -> memoryview:
+        """The eight words of worker `number`."""
+        return self._words[number * WORDS : (number + 1) * WORDS]
+
+    def interrupted(self) -> list[int]:
+        """The seqs of the jobs that were running when everything died."""
+        slots = map(self.slot, range(SLOTS))
+        return [slot[SEQ] for slot in slots if slot[SEQ] and slot[STARTED] != slot[DONE]]
+
+    def clear(self) -> None:
+        """Forget all claims: what they said is recorded, or nobody is to be blamed."""
+        self._map[:] = bytes(SIZE)

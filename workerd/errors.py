@@ -1,0 +1,84 @@
+"""Exception types, exit statuses and the closed list of wire error codes.
+
+Everything that can be said to a user about a failure starts here: a `WorkerdError` always holds one
+complete sentence (what, where, what was received, how to mend it) and never needs a traceback beside it.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum, StrEnum
+
+
+class Exit(IntEnum):
+    """Exit statuses of every `workerd` command; the numbers above 2 are those of sysexits.h."""
+
+    OK = 0
+    FAILED = 1  # the daemon refused something, or a job that was waited for is dead
+    USAGE = 2
+    UNAVAILABLE = 69  # no daemon answers on the socket
+    SOFTWARE = 70  # workers never became ready, or a defect in workerd itself
+    CONFIG = 78
+
+
+class Code(StrEnum):
+    """Error codes on the socket. protocol.md gives the cause and the remedy of each."""
+
+    BAD_JSON = "bad_json"
+    BAD_REQUEST = "bad_request"
+    UNKNOWN_TARGET = "unknown_target"
+    UNKNOWN_COMMAND = "unknown_command"
+    LINE_TOO_LONG = "line_too_long"
+    TOO_MANY_CONNECTIONS = "too_many_connections"
+    SPOOL_FULL = "spool_full"
+    SPOOL_FAILED = "spool_failed"
+    DRAINING = "draining"
+    NOT_FOUND = "not_found"
+
+
+class WorkerdError(Exception):
+    """A failure that a user can understand and mend; `str()` of it is one complete line."""
+
+    exit_status = Exit.FAILED
+
+
+class ConfigError(WorkerdError):
+    """The configuration, or the class that it names, cannot be used; each problem is one line."""
+
+    exit_status = Exit.CONFIG
+
+    def __init__(self, *problems: str) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = problems
+
+
+class SpoolError(WorkerdError):
+    """The spool cannot be opened, or refused a transaction."""
+
+
+class StartError(WorkerdError):
+    """The workers did not become ready, so the daemon did not either."""
+
+    exit_status = Exit.SOFTWARE
+
+
+class UnavailableError(WorkerdError):
+    """Nobody answers on the socket, or the connection was lost."""
+
+    exit_status = Exit.UNAVAILABLE
+
+
+class Refusal(WorkerdError):  # noqa: N818 - it is an answer, on the wire and in the client
+    """The daemon's answer to a request that it does not take: a `Code` and one line."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+        self.message = message
+
+
+class JobTimeout(Exception):  # noqa: N818 - public name, raised inside the user's method
+    """Raised inside a job's method once the job has run for longer than its `timeout`.
+
+    A method may catch it to clean up; a job that is still running two seconds later is killed
+    together with its worker's process group.
+    """

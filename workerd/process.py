@@ -1,0 +1,267 @@
+"""The parent's handle on one worker process: its pipe, its slot in the claims file, its signals.
+
+It moves bytes and reads claims; what is done with a job is the pool's and the queue's business. The pipe is a
+socket pair with the framing of `multiprocessing.connection` (a signed 32-bit length before each message),
+because the worker's end is a `Connection`. This end never blocks: a worker may be stopped in mid-message.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import struct
+import time
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from workerd import claims, worker
+from workerd.queue import Batch, Holder
+
+if TYPE_CHECKING:
+    import asyncio
+    from collections.abc import Callable, Iterator
+
+    from workerd.job import Job
+
+READ_SIZE = 256 * 1024
+SEND_BUFFER = 1024 * 1024
+GRACE = 2.0  # seconds between the exception in the method and the SIGKILL
+
+_encode = msgspec.msgpack.Encoder().encode
+_decode = msgspec.msgpack.Decoder().decode
+
+
+class Phase(StrEnum):
+    """A worker's life, as the pool sees it."""
+
+    STARTING = "starting"
+    READY = "ready"
+    RETIRING = "retiring"
+
+
+class WorkerProcess:
+    """One worker. The pool sets `on_message` and is told of each message as a list, and of end of file."""
+
+    def __init__(self, number: int, slot: memoryview, loop: asyncio.AbstractEventLoop) -> None:
+        self.number = number
+        self.slot = slot
+        self.loop = loop
+        self.phase = Phase.STARTING
+        self.holder = Holder()
+        self.pid = 0
+        self.finished = 0  # jobs that it has run
+        self.revoked_to = 0  # positions before this are being taken back; 0: none are
+        self.expired = 0  # position of the job that was killed for its timeout
+        self.watch: asyncio.TimerHandle | None = None
+        for word in range(claims.WORDS):
+            slot[word] = 0
+        slot[claims.REVOKED_FROM] = claims.NEVER
+        self.socket, self.child_socket = socket.socketpair()
+        self.socket.setblocking(False)  # noqa: FBT003 - the name of the socket's own method says what it means
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
+        self.child_socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
+        self.output, self.child_output = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        os.set_blocking(self.child_output, True)  # noqa: FBT003 - as above
+        self._received = b""
+        self._unsent = bytearray()
+        self._line = b""
+
+    def watch_pipe(self, on_message: Callable[[WorkerProcess, Any], None], on_output: Callable[..., None]) -> None:
+        """Begin to read; the child's ends were handed over and are closed here."""
+        self.child_socket.close()
+        os.close(self.child_output)
+        self.loop.add_reader(self.socket, self.read, on_message)
+        self.loop.add_reader(self.output, self._read_output, on_output)
+
+    @property
+    def idle(self) -> bool:
+        """Ready and without a job."""
+        return self.phase is Phase.READY and not self.holder.batches
+
+    # --- bytes --------------------------------------------------------------------------------------------
+
+    def assign(self, batch: Batch) -> None:
+        """Send a batch."""
+        jobs = [
+            (job.seq, job.key, job.target, job.arguments, job.waiter is not None) for job in batch.jobs
+        ]
+        payload = _encode((batch.first, jobs))
+        self._write(struct.pack("!i", len(payload)) + payload)
+        timeouts = [job.options.timeout for job in batch.jobs if job.options.timeout]
+        if timeouts:
+            self.expect(min(timeouts))
+
+    def _write(self, data: bytes) -> None:
+        if not self._unsent:
+            try:
+                sent = self.socket.send(data)
+            except BlockingIOError:
+                sent = 0
+            except OSError:  # it died; the fork server is about to tell
+                return
+            if sent == len(data):
+                return
+            data = data[sent:]
+            self.loop.add_writer(self.socket, self._flush)
+        self._unsent += data
+
+    def _flush(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            try:
+                del self._unsent[: self.socket.send(self._unsent)]
+            except BlockingIOError:
+                raise
+            except OSError:
+                self._unsent.clear()
+        if not self._unsent:
+            self.loop.remove_writer(self.socket)
+
+    def read(self, on_message: Callable[[WorkerProcess, Any], None]) -> bool:
+        """Read what there is and pass the whole messages on; False when nothing more can come."""
+        try:
+            data = self.socket.recv(READ_SIZE)
+        except BlockingIOError:
+            return False
+        except OSError:
+            data = b""
+        if not data:
+            self.loop.remove_reader(self.socket)
+            return False
+        for message in self._messages(data):
+            on_message(self, message)
+        return True
+
+    def _messages(self, data: bytes) -> Iterator[Any]:
+        data = self._received + data if self._received else data
+        at = 0
+        while len(data) - at >= 4:
+            (length,) = struct.unpack_from("!i", data, at)
+            if len(data) - at - 4 < length:
+                break
+            yield _decode(memoryview(data)[at + 4 : at + 4 + length])
+            at += 4 + length
+        self._received = data[at:] if at < len(data) else b""
+
+    def _read_output(self, on_output: Callable[..., None]) -> None:
+        try:
+            data = os.read(self.output, READ_SIZE)
+        except BlockingIOError:
+            return
+        if not data:
+            self.loop.remove_reader(self.output)
+        *lines, self._line = (self._line + data).split(b"\n")
+        if self._line and (not data or len(self._line) > worker.TEXT_LIMIT):
+            lines.append(self._line)
+            self._line = b""
+        for line in lines:
+            if line:
+                on_output(self, line.decode(errors="backslashreplace"))
+
+    def drain_pipes(self, on_message: Callable[[WorkerProcess, Any], None], on_output: Callable[..., None]) -> None:
+        """The worker is dead: read what it left, whoever else may still hold its ends open."""
+        while self.read(on_message):
+            pass
+        with contextlib.suppress(OSError):
+            self._read_output(on_output)
+
+    def close(self) -> None:
+        """Forget the pipe; a worker that lives sees its end and exits."""
+        self.loop.remove_reader(self.socket)
+        self.loop.remove_writer(self.socket)
+        self.loop.remove_reader(self.output)
+        self.socket.close()
+        os.close(self.output)
+        if self.watch is not None:
+            self.watch.cancel()
+
+    def dismiss(self) -> None:
+        """Ask a worker that holds nothing to exit; one that does not obey within the grace time is killed."""
+        with contextlib.suppress(OSError):
+            self.socket.shutdown(socket.SHUT_WR)
+        self.watch = self.loop.call_later(GRACE, self.kill)
+
+    def kill(self) -> None:
+        """SIGKILL the worker and its children."""
+        if self.pid:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self.pid, signal.SIGKILL)
+
+    # --- claims -------------------------------------------------------------------------------------------
+
+    def running(self) -> tuple[int, Job, float] | None:
+        """Position, job and seconds so far of the job whose method is being called, if any."""
+        slot = self.slot
+        position = slot[claims.STARTED]
+        since = slot[claims.SINCE]
+        if position <= slot[claims.DONE] or position != slot[claims.STARTED]:
+            return None
+        for batch in self.holder.batches:
+            if batch.first <= position < batch.first + len(batch.jobs):
+                return position, batch.jobs[position - batch.first], (time.monotonic_ns() - since) / 1e9
+        return None
+
+    def unstarted(self) -> int:
+        """How many of the jobs that it holds it has not begun."""
+        return self.holder.position - max(self.slot[claims.STARTED], self.holder.batches[0].first - 1) if (
+            self.holder.batches
+        ) else 0
+
+    def revoke(self, on_visible: Callable[[WorkerProcess, int], None]) -> bool:
+        """Begin to take back what it has not begun; `on_visible(self, keep)` says what it kept. See claims."""
+        if self.revoked_to or not self.unstarted():
+            return False
+        first = self.slot[claims.STARTED] + 1
+        self.revoked_to = self.holder.position + 1
+        self.slot[claims.REVOKED_TO] = self.revoked_to
+        self.slot[claims.REVOKED_FROM] = first
+
+        def visible() -> None:
+            if self.revoked_to:
+                on_visible(self, max(first - 1, self.slot[claims.STARTED]))
+
+        self.loop.call_later(claims.VISIBLE, visible)
+        return True
+
+    def revocation_over(self) -> None:
+        """The worker has passed the revoked range, or stopped at it: it may be given jobs again."""
+        self.slot[claims.REVOKED_FROM] = claims.NEVER
+        self.revoked_to = 0
+
+    def expect(self, timeout: float) -> None:
+        """A job with this timeout may begin now or later: look at the clock no later than that."""
+        at = self.loop.time() + timeout + 0.001
+        if self.watch is not None:
+            if self.watch.when() <= at:
+                return
+            self.watch.cancel()
+        self.watch = self.loop.call_at(at, self._check_timeouts)
+
+    def _check_timeouts(self) -> None:
+        self.watch = None
+        running = self.running()
+        if running:
+            position, job, seconds = running
+            left = job.options.timeout - seconds
+            if job.options.timeout and left <= 0 and self.pid:
+                self.slot[claims.EXPIRED] = position
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(self.pid, worker.TIMEOUT_SIGNAL)
+                self.watch = self.loop.call_later(GRACE, self._kill_expired, position)
+                return
+            if job.options.timeout:
+                self.expect(left)
+        later = [job.options.timeout for _, job in self.holder.jobs() if job.options.timeout]
+        if later:
+            self.expect(min(later))
+
+    def _kill_expired(self, position: int) -> None:
+        running = self.running()
+        if running and running[0] == position:
+            self.expired = position
+            self.kill()
+        else:
+            self._check_timeouts()

@@ -1,0 +1,274 @@
+"""The child side: a worker runs methods, one job after another, and reports how each ended.
+
+A worker is forked from the fork server, which has imported the user's class; it makes the instance, says that
+it is ready, and then runs each batch that comes down its pipe. It writes every job into its slot of the claims
+file before it calls the method. Plain successes are reported together, a batch at a time; whatever else a job
+ends with (a wanted result, an exception) is sent at once, so that a SIGKILL never makes an outcome ambiguous.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import inspect
+import io
+import logging
+import os
+import pickle
+import signal
+import sys
+import threading
+import time
+import traceback
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from workerd import claims
+from workerd.errors import JobTimeout
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from multiprocessing.connection import Connection
+    from types import FrameType
+
+# Messages of a worker, each a MessagePack array that begins with one of these.
+READY, FAILED, OUTCOMES, STOPPED, OUTPUT, RECYCLE = range(6)
+# What ended a job, in an outcome that is not a plain success (which is its duration alone).
+RESULT, ERROR, TIMEOUT, UNUSABLE = range(4)
+
+TIMEOUT_SIGNAL = signal.SIGXCPU  # "time is up", and nothing that jobs use for themselves
+REPORT_AFTER = 5_000_000  # nanoseconds after which finished jobs are reported in the middle of a batch
+TEXT_LIMIT = 16 * 1024  # characters of a traceback, a message or a line of output that are kept
+RESULT_LIMIT = 16 * 2**20
+
+Job = tuple[int, str | None, str, bytes, bool]  # seq, client's id, target, arguments, whether the result is wanted
+
+
+class Settings(msgspec.Struct, frozen=True):
+    """What a worker needs to know beside its class."""
+
+    codec: str = "json"  # how arguments are encoded: "json" or, in process, "pickle"
+    max_memory: int = 0  # bytes of resident memory after which it asks to be replaced; 0: never
+    log_level: int = logging.INFO
+    capture: bool = True  # standard output and error become log lines with the job named
+
+
+def find_targets(cls: type) -> list[str]:
+    """The names that a job may have as target: public methods; no property, no dunder, nothing from an instance."""
+    return [name for name in dir(cls) if not name.startswith("_") and _is_method(cls, name)]
+
+
+def _is_method(cls: type, name: str) -> bool:
+    found = inspect.getattr_static(cls, name)
+    if isinstance(found, (classmethod, staticmethod)):
+        found = found.__func__
+    return inspect.isroutine(found) and callable(found) and not inspect.iscoroutinefunction(found)
+
+
+def main(connection: Connection, slot: memoryview, attributes: object, settings: Settings) -> None:
+    """Run jobs until the pipe is closed. `attributes` is the class, or an instance of it."""
+    worker = Worker(connection, slot, settings)
+    try:
+        instance = attributes() if isinstance(attributes, type) else attributes
+        methods = {name: getattr(instance, name) for name in find_targets(type(instance))}
+    except BaseException as error:
+        worker.send(FAILED, describe(error))
+        raise SystemExit(1) from None
+    worker.send(READY)
+    worker.run(methods)
+
+
+def describe(error: BaseException) -> str:
+    """An exception as JSON text: type, message, and the traceback below workerd's own frame."""
+    kind = type(error)
+    name = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
+    try:
+        message = str(error)
+    except Exception as second:
+        message = f"(its text cannot be shown: {type(second).__name__})"
+    frames = error.__traceback__.tb_next if error.__traceback__ else None
+    try:
+        text = "".join(traceback.format_exception(kind, error, frames))
+    except Exception:
+        text = "".join(traceback.format_tb(frames)) + name
+    fields = {"type": name, "message": message[:TEXT_LIMIT], "traceback": text[-TEXT_LIMIT:]}
+    # lone surrogates and the like must not make the report itself fail
+    fields = {key: value.encode("utf-8", "backslashreplace").decode() for key, value in fields.items()}
+    return msgspec.json.encode(fields).decode()
+
+
+class Worker:
+    """Runs batches. One thread calls methods; `send` may be used from any."""
+
+    def __init__(self, connection: Connection, slot: memoryview, settings: Settings) -> None:
+        self.connection = connection
+        self.slot = slot
+        self.settings = settings
+        self.decode_arguments: Callable[[bytes], Any] = (
+            msgspec.json.decode if settings.codec == "json" else pickle.loads
+        )
+        self.current: Job | None = None
+        self.running = 0  # position of the job whose method is being called
+        self.skip_to = 0
+        self._lock = threading.Lock()
+        self._decode = msgspec.msgpack.Decoder(tuple[int, list[Job]]).decode
+        self._encode = msgspec.msgpack.Encoder().encode
+        self.streams: list[JobStream] = []
+        signal.signal(TIMEOUT_SIGNAL, self._expire)
+        if settings.capture:
+            self._capture_output()
+
+    def send(self, *message: object) -> None:
+        """Send one message to the pool."""
+        with self._lock:
+            self.connection.send_bytes(self._encode(message))
+
+    def run(self, methods: dict[str, Callable[[Any], Any]]) -> None:
+        """Run batches until the pool closes the pipe, or is gone."""
+        with contextlib.suppress(EOFError, OSError):
+            while True:
+                first, jobs = self._decode(self.connection.recv_bytes())
+                if first >= self.skip_to:
+                    self._run_batch(first, jobs, methods)
+                    if self.settings.max_memory and resident_memory() > self.settings.max_memory:
+                        self.send(RECYCLE)
+
+    def _run_batch(self, first: int, jobs: list[Job], methods: dict[str, Callable[[Any], Any]]) -> None:
+        slot = self.slot
+        decode = self.decode_arguments
+        clock = time.monotonic_ns
+        outcomes: list[Any] = []
+        position = first - 1
+        begin = reported = clock()
+        for job in jobs:
+            position += 1
+            # In this order: see claims. From here on the job is ours, unless it has been taken back.
+            slot[claims.SEQ] = job[0]
+            slot[claims.SINCE] = begin
+            slot[claims.STARTED] = position
+            if position >= slot[claims.REVOKED_FROM]:
+                self._stop(position, outcomes, reported)
+                return
+            self.current = job
+            special: tuple[int, object] | None = None
+            try:
+                try:
+                    self.running = position
+                    result = methods[job[2]](decode(job[3]))
+                    self.running = 0
+                    if job[4]:
+                        special = encode_result(result)
+                except BaseException as error:  # however a job ends, the worker goes on
+                    self.running = 0
+                    special = (TIMEOUT if isinstance(error, JobTimeout) else ERROR, describe(error))
+            except JobTimeout as error:  # it came in the very moment in which the method raised
+                special = (TIMEOUT, describe(error))
+            end = clock()
+            for stream in self.streams:
+                if stream.pending:
+                    stream.end_line()
+            if special is None:
+                outcomes.append(end - begin)
+                slot[claims.DONE] = position
+            else:
+                outcomes.append((end - begin, *special))
+            if special is not None or end - reported > REPORT_AFTER:
+                self.send(OUTCOMES, position - len(outcomes) + 1, reported, outcomes)
+                slot[claims.DONE] = position
+                outcomes = []
+                reported = end
+            begin = end
+        self.current = None
+        if outcomes:
+            self.send(OUTCOMES, position - len(outcomes) + 1, reported, outcomes)
+
+    def _stop(self, position: int, outcomes: list[Any], reported: int) -> None:
+        """The rest of what we were given was taken back: say where we stopped."""
+        slot = self.slot
+        slot[claims.STARTED] = position - 1
+        self.current = None
+        self.skip_to = slot[claims.REVOKED_TO]
+        slot[claims.REVOKED_FROM] = claims.NEVER
+        if outcomes:
+            self.send(OUTCOMES, position - len(outcomes), reported, outcomes)
+        self.send(STOPPED, position)
+
+    def _expire(self, _number: int, _frame: FrameType | None) -> None:
+        # The signal may arrive late: only the job that it was meant for is interrupted.
+        if self.running and self.slot[claims.EXPIRED] == self.running:
+            self.running = 0
+            raise JobTimeout("the job has run for longer than its timeout")
+
+    def _capture_output(self) -> None:
+        self.streams = [JobStream(self, logging.INFO), JobStream(self, logging.WARNING)]
+        sys.stdout, sys.stderr = self.streams
+        faulthandler.enable(2)
+        root = logging.getLogger()
+        root.handlers[:] = [JobLogHandler(self)]
+        root.setLevel(self.settings.log_level)
+
+    def log(self, level: int, text: str) -> None:
+        """Send a line for the log, in the name of the running job."""
+        job = self.current
+        text = text[:TEXT_LIMIT].encode("utf-8", "backslashreplace").decode()
+        self.send(OUTPUT, level, text, job and job[0], job and job[1], job and job[2])
+
+
+def encode_result(result: object) -> tuple[int, object]:
+    """The outcome of a job whose result is wanted: as JSON, or the reason why that is not possible."""
+    try:
+        encoded = msgspec.json.encode(result)
+        if len(encoded) <= RESULT_LIMIT:
+            return RESULT, encoded
+        raise ValueError(f"the result is {len(encoded)} bytes of JSON, more than the {RESULT_LIMIT} allowed")
+    except Exception as error:
+        # It did its work: running it again would not help, so this is final.
+        return UNUSABLE, describe(error)
+
+
+def resident_memory() -> int:
+    """This process's resident memory in bytes, from /proc (proc_pid_statm(5))."""
+    with open("/proc/self/statm", "rb") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGESIZE")
+
+
+class JobStream(io.TextIOBase):
+    """Standard output or error of jobs: whole lines go to the log, with the job that printed them."""
+
+    def __init__(self, worker: Worker, level: int) -> None:
+        self._worker = worker
+        self._level = level
+        self.pending = ""
+
+    encoding = "utf-8"
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, text: str) -> int:
+        *lines, self.pending = (self.pending + text).split("\n")
+        for line in lines:
+            self._worker.log(self._level, line)
+        if len(self.pending) > TEXT_LIMIT:
+            self.end_line()
+        return len(text)
+
+    def end_line(self) -> None:
+        """Send what has no newline yet."""
+        line, self.pending = self.pending, ""
+        self._worker.log(self._level, line)
+
+
+class JobLogHandler(logging.Handler):
+    """Records of the logging module, sent as they are: level and text."""
+
+    def __init__(self, worker: Worker) -> None:
+        super().__init__()
+        self._worker = worker
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            self._worker.log(record.levelno, self.format(record))
+        except Exception:
+            self.handleError(record)
