@@ -1,0 +1,152 @@
+"""The rooms of the house: who may import whom, how large a room may be, what lies at the front door."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+import tomli
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "workerd"
+
+# A module imports from lower layers only ...
+LAYERS: list[set[str]] = [
+    {"errors", "job", "values"},
+    {"protocol", "config", "queue", "claims", "log"},
+    {"spool", "writer", "feeder", "worker", "forkserver", "process", "pool", "metrics", "notify"},
+    {"engine", "daemon"},
+    {"cli", "client", "local", "__main__", "__init__"},
+]
+# ... and, beside itself, only as said here.
+NEIGHBOURS: dict[str, set[str]] = {
+    "forkserver": {"worker"},
+    "process": {"worker"},
+    "pool": {"worker", "forkserver", "process"},
+    "writer": {"spool"},
+    "daemon": {"engine"},
+    "cli": {"client", "__init__"},
+    "__main__": {"cli"},
+    "__init__": {"client", "local"},
+}
+# What a program that talks to the daemon loads must not be the daemon.
+HIGHEST_LAYER_SEEN = {"client": 1}
+# These import nothing of the package, and nothing of it imports them.
+ALONE = {"examples"}
+
+# No clock, no sleep, no I/O: these get all they know passed in.
+PURE = {"errors", "job", "queue", "protocol"}
+IMPURE = {
+    *("asyncio", "datetime", "io", "logging", "multiprocessing", "os", "pathlib", "select", "signal"),
+    *("socket", "sqlite3", "subprocess", "threading", "time", "uvloop"),
+}
+# The user's code is imported in a child; nobody else may import by name.
+IMPORTS_BY_NAME = {"worker", "forkserver"}
+
+MAX_LINES = 300
+TOP = {"workerd", "etc", "systemd", "tests", "pyproject.toml", "README.md", "LICENSE"}
+DISTRIBUTIONS = {"daemon": "python-daemon", "prometheus_client": "prometheus-client"}
+
+MODULES = sorted(path.stem for path in PACKAGE.glob("*.py"))
+
+
+@cache
+def imported(module: str) -> tuple[frozenset[str], frozenset[str]]:
+    """The package's own modules, and the other top-level ones, that the module imports, wherever in it."""
+    own: set[str] = set()
+    others: set[str] = set()
+    for node in ast.walk(ast.parse((PACKAGE / f"{module}.py").read_text())):
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{module}: write imports of the package in full"
+            assert node.module is not None
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        for name in names:
+            top, _, rest = name.partition(".")
+            if top != "workerd":
+                others.add(top)
+            elif (first := rest.partition(".")[0]) in MODULES:
+                own.add(first)
+            else:
+                own.add("__init__")
+    return frozenset(own), frozenset(others)
+
+
+@cache
+def files() -> tuple[Path, ...]:
+    """Every file of the repository that git does not ignore; without git, every file that has no dot."""
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    if (ROOT / ".git").exists():
+        names = subprocess.check_output(command, cwd=ROOT).decode().split("\0")
+        found = (ROOT / name for name in names if name)
+    else:
+        found = (path for path in ROOT.rglob("*") if not path.relative_to(ROOT).parts[0].startswith("."))
+    return tuple(path for path in found if path.is_file() and "__pycache__" not in path.parts)
+
+
+def layer(module: str) -> int:
+    return next(number for number, modules in enumerate(LAYERS) if module in modules)
+
+
+def test_every_module_has_a_layer() -> None:
+    """The table above is the whole package: a module that comes or goes is entered here."""
+    assert set(MODULES) == set.union(*LAYERS) | ALONE
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_run_downwards(module: str) -> None:
+    """A module imports from the layers below it, and from the neighbours that the table allows it."""
+    own, _ = imported(module)
+    if module in ALONE:
+        assert not own
+        return
+    top = HIGHEST_LAYER_SEEN.get(module, layer(module) - 1)
+    allowed = set().union(*LAYERS[: top + 1]) | NEIGHBOURS.get(module, set())
+    assert own - allowed == set()
+
+
+@pytest.mark.parametrize("module", sorted(PURE))
+def test_pure_modules_touch_nothing(module: str) -> None:
+    """What decides knows no clock, file or socket, so that its tests are histories of events as data."""
+    _, others = imported(module)
+    assert others & IMPURE == set()
+
+
+@pytest.mark.parametrize("module", sorted(set(MODULES) - IMPORTS_BY_NAME))
+def test_only_children_import_by_name(module: str) -> None:
+    """The user's code never comes into the daemon: only what runs in a child has the means to import it."""
+    _, others = imported(module)
+    assert others & {"importlib", "runpy", "pkgutil"} == set()
+    assert "__import__" not in (PACKAGE / f"{module}.py").read_text()
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_module_is_small(module: str) -> None:
+    """A module is read at one sitting; what grows beyond that has a second job that wants its own room."""
+    assert len((PACKAGE / f"{module}.py").read_text().splitlines()) <= MAX_LINES
+
+
+def test_dependencies_are_those_imported() -> None:
+    """What the package imports is declared, and what is declared is imported."""
+    used = {name for module in MODULES for name in imported(module)[1]} - sys.stdlib_module_names
+    project = tomli.loads((ROOT / "pyproject.toml").read_text())["project"]
+    declared = {re.split(r"[<>=~! ]", requirement)[0] for requirement in project["dependencies"]}
+    assert {DISTRIBUTIONS.get(name, name) for name in used} == declared
+
+
+def test_top_level_holds_nothing_else() -> None:
+    """The first listing that a visitor sees is short: no file lies there that could lie deeper."""
+    assert {top for path in files() if not (top := path.relative_to(ROOT).parts[0]).startswith(".")} == TOP
+
+
+def test_no_file_knows_a_builders_machine() -> None:
+    """No path of the machine that something was written on is left in a file."""
+    pattern = re.compile(rb"(?<![\w.-])(/" + rb"work/|/tmp/" + rb"venv)")
+    assert [path for path in files() if pattern.search(path.read_bytes())] == []
