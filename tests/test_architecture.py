@@ -20,7 +20,7 @@ LAYERS: list[set[str]] = [
     {"errors", "job", "values"},
     {"protocol", "config", "queue", "claims", "log"},
     {"spool", "writer", "feeder", "worker", "forkserver", "process", "pool", "metrics", "notify"},
-    {"engine", "daemon"},
+    {"engine", "control", "daemon"},
     {"cli", "client", "local", "__main__", "__init__"},
 ]
 # ... and, beside itself, only as said here.
@@ -29,7 +29,8 @@ NEIGHBOURS: dict[str, set[str]] = {
     "process": {"worker"},
     "pool": {"worker", "forkserver", "process"},
     "writer": {"spool"},
-    "daemon": {"engine"},
+    "control": {"engine"},
+    "daemon": {"engine", "control"},
     "cli": {"client", "__init__"},
     "__main__": {"cli"},
     "__init__": {"client", "local"},
@@ -72,6 +73,8 @@ def imported(module: str) -> tuple[frozenset[str], frozenset[str]]:
             top, _, rest = name.partition(".")
             if top != "workerd":
                 others.add(top)
+            elif rest == "__version__":
+                continue  # anybody may know it
             elif (first := rest.partition(".")[0]) in MODULES:
                 own.add(first)
             else:
