@@ -32,11 +32,13 @@ import msgspec
 
 from workerd import worker
 from workerd.claims import Claims
-from workerd.errors import ConfigError, StartError
+from workerd.errors import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
     from pathlib import Path
+
+    from workerd.config import Config
 
 MESSAGE_LIMIT = 2**20
 PR_SET_PDEATHSIG = 1
@@ -44,6 +46,9 @@ PR_SET_NAME = 15
 OOM_SCORE = 500  # when memory runs out the kernel ends a worker, never the daemon
 
 BOOTSTRAP = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from workerd.forkserver import main; main()"
+
+
+IMPORT_ENDED = "[attributes] class: importing its module ended the process that imported it; mend the module"
 
 
 class Target(msgspec.Struct, frozen=True):
@@ -147,7 +152,20 @@ def inspect(class_path: str, path: Sequence[Path]) -> list[Target]:
         return message.targets
     if isinstance(message, Unusable):
         raise ConfigError(message.problem)
-    raise StartError(f"[attributes] class: importing {class_path} ended the process that imported it")
+    raise ConfigError(IMPORT_ENDED)
+
+
+def check_targets(targets: Iterable[Target], settings: Config) -> None:
+    """Raise ConfigError where a [targets.NAME] is for no method of the class."""
+    names = [target.name for target in targets]
+    problems = [
+        f"{settings.file}: [targets.{name}]: {settings.attributes.class_} has no public method {name}; "
+        f"remove the section, or use one of: {', '.join(names)}"
+        for name in settings.targets
+        if name not in names
+    ]
+    if problems:
+        raise ConfigError(*problems)
 
 
 def make_spec(class_path: str, path: Sequence[Path], settings: worker.Settings) -> Spec:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import heapq
+import logging
 import os
 import time
 from typing import TYPE_CHECKING, Any, Protocol
@@ -24,6 +25,8 @@ from workerd.process import Phase, WorkerProcess
 from workerd.queue import BATCH_JOBS
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from workerd.claims import Claims
     from workerd.queue import JobQueue
 
@@ -74,10 +77,10 @@ class Observer(Protocol):
 class Generation:
     """Workers that run the same code: a fork server and the number of workers wanted of it."""
 
-    def __init__(self, number: int, spec: forkserver.Spec, server: forkserver.ForkServer, count: int) -> None:
+    def __init__(self, number: int, start: Callable[[], forkserver.ForkServer], count: int) -> None:
         self.number = number
-        self.spec = spec
-        self.server = server
+        self.start = start
+        self.server = start()
         self.wanted = count
         self.targets: list[forkserver.Target] = []
         self.workers: dict[int, WorkerProcess] = {}
@@ -115,12 +118,11 @@ class Pool:
         """All worker processes, of every generation."""
         return [process for generation in self.generations for process in generation.workers.values()]
 
-    async def load(self, spec: forkserver.Spec, count: int) -> Generation:
+    async def load(self, start: Callable[[], forkserver.ForkServer], count: int) -> Generation:
         """Start a fork server and let it import the class. Raises ConfigError; nothing has changed then."""
         self._generation_number += 1
-        server = forkserver.ForkServer.start(spec, self.claims.fd)
-        generation = Generation(self._generation_number, spec, server, count)
-        self.loop.add_reader(server.socket, self._read_server, generation)
+        generation = Generation(self._generation_number, start, count)
+        self.loop.add_reader(generation.server.socket, self._read_server, generation)
         try:
             await generation.loaded
         except BaseException:
@@ -182,7 +184,7 @@ class Pool:
 
     def _spawn(self, generation: Generation) -> None:
         number = heapq.heappop(self._free_slots)
-        process = WorkerProcess(number, self.claims.slot(number), self.loop)
+        process = WorkerProcess(number, generation.number, self.claims.slot(number), self.loop)
         generation.workers[number] = process
         try:
             generation.server.spawn(number, process.child_socket, process.child_output)
@@ -218,9 +220,7 @@ class Pool:
     def _server_gone(self, generation: Generation) -> None:
         self._close_server(generation)
         if not generation.loaded.done():
-            where = f"{generation.spec.module}:{generation.spec.cls}"
-            problem = f"[attributes] class: importing {where} ended the process that imported it"
-            generation.loaded.set_exception(ConfigError(problem))
+            generation.loaded.set_exception(ConfigError(forkserver.IMPORT_ENDED))
             return
         generation.server.gone = True
         for process in list(generation.workers.values()):
@@ -235,7 +235,7 @@ class Pool:
             self._worker_gone(generation, process, -9)
         while generation in self.generations and not self.paused:
             try:
-                fresh = await self.load(generation.spec, generation.wanted)
+                fresh = await self.load(generation.start, generation.wanted)
             except ConfigError as error:
                 generation.last_error = str(error)
                 await asyncio.sleep(1.0)
@@ -339,13 +339,15 @@ class Pool:
 
     def _on_output(self, process: WorkerProcess, text: str) -> None:
         running = process.running()
-        job = running and (running[1].seq, running[1].key, running[1].target)
-        self.observer.output(process.number, 30, text, job or None)
+        job = running[1] if running else process.latest
+        about = (job.seq, job.key, job.target) if job else None
+        self.observer.output(process.number, logging.WARNING, text, about)
 
     def _on_outcomes(self, process: WorkerProcess, first: int, started: int, outcomes: list[Any]) -> None:
         count = len(outcomes)
         jobs = self.queue.report(process.holder, first, count)
         process.finished += count
+        process.latest = jobs[-1]
         special = outcomes.pop() if type(outcomes[-1]) is not int else None
         if special is None:
             self._report_plain(jobs, outcomes, started)
@@ -394,8 +396,7 @@ class Pool:
             return
         queue = self.queue
         queue.promote(time.time())
-        # until the new generation is complete the old one goes on working
-        working = [process for process in self.workers() if process.phase is Phase.READY and not process.revoked_to]
+        working = self._working()
         while queue.has_ready() and working:
             # the idle first, and no more for each than its share while there is little
             working.sort(key=lambda process: len(process.holder.batches))
@@ -413,9 +414,15 @@ class Pool:
             if any(process.unstarted() for process in working):
                 self._steal = self.loop.call_later(STEAL_AFTER, self._take_back)
 
+    def _working(self) -> list[WorkerProcess]:
+        """The workers that may be given jobs: until a new generation is complete, those of the old one."""
+        complete = (generation for generation in reversed(self.generations) if generation.complete.done())
+        workers = next(complete, self.current).workers.values()
+        return [process for process in workers if process.phase is Phase.READY and not process.revoked_to]
+
     def _take_back(self) -> None:
         self._steal = None
-        if self.queue.has_ready() or self.paused or not any(process.idle for process in self.workers()):
+        if self.queue.has_ready() or self.paused or not any(process.idle for process in self._working()):
             return
         for process in self.workers():
             running = process.running() if process.unstarted() else None

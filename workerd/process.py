@@ -1,8 +1,7 @@
 """The parent's handle on one worker process: its pipe, its slot in the claims file, its signals.
 
-It moves bytes and reads claims; what is done with a job is the pool's and the queue's business. The pipe is a
-socket pair with the framing of `multiprocessing.connection` (a signed 32-bit length before each message),
-because the worker's end is a `Connection`. This end never blocks: a worker may be stopped in mid-message.
+It moves bytes and reads claims; what is done with a job is the pool's and the queue's business. This end of the
+pipe never blocks: a worker may be stopped in the middle of a message.
 """
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ import contextlib
 import os
 import signal
 import socket
-import struct
 import time
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
@@ -19,11 +17,12 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from workerd import claims, worker
+from workerd.frames import FrameReader, frame
 from workerd.queue import Batch, Holder
 
 if TYPE_CHECKING:
     import asyncio
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
     from workerd.job import Job
 
@@ -46,14 +45,18 @@ class Phase(StrEnum):
 class WorkerProcess:
     """One worker. The pool sets `on_message` and is told of each message as a list, and of end of file."""
 
-    def __init__(self, number: int, slot: memoryview, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(
+        self, number: int, generation: int, slot: memoryview, loop: asyncio.AbstractEventLoop
+    ) -> None:
         self.number = number
+        self.generation = generation
         self.slot = slot
         self.loop = loop
         self.phase = Phase.STARTING
         self.holder = Holder()
         self.pid = 0
         self.finished = 0  # jobs that it has run
+        self.latest: Job | None = None  # the last of them, to which late output belongs
         self.revoked_to = 0  # positions before this are being taken back; 0: none are
         self.expired = 0  # position of the job that was killed for its timeout
         self.watch: asyncio.TimerHandle | None = None
@@ -66,7 +69,7 @@ class WorkerProcess:
         self.child_socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
         self.output, self.child_output = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         os.set_blocking(self.child_output, True)  # noqa: FBT003 - as above
-        self._received = b""
+        self._frames = FrameReader()
         self._unsent = bytearray()
         self._line = b""
 
@@ -89,8 +92,7 @@ class WorkerProcess:
         jobs = [
             (job.seq, job.key, job.target, job.arguments, job.waiter is not None) for job in batch.jobs
         ]
-        payload = _encode((batch.first, jobs))
-        self._write(struct.pack("!i", len(payload)) + payload)
+        self._write(frame(_encode((batch.first, jobs))))
         timeouts = [job.options.timeout for job in batch.jobs if job.options.timeout]
         if timeouts:
             self.expect(min(timeouts))
@@ -131,20 +133,9 @@ class WorkerProcess:
         if not data:
             self.loop.remove_reader(self.socket)
             return False
-        for message in self._messages(data):
-            on_message(self, message)
+        for message in self._frames.feed(data):
+            on_message(self, _decode(message))
         return True
-
-    def _messages(self, data: bytes) -> Iterator[Any]:
-        data = self._received + data if self._received else data
-        at = 0
-        while len(data) - at >= 4:
-            (length,) = struct.unpack_from("!i", data, at)
-            if len(data) - at - 4 < length:
-                break
-            yield _decode(memoryview(data)[at + 4 : at + 4 + length])
-            at += 4 + length
-        self._received = data[at:] if at < len(data) else b""
 
     def _read_output(self, on_output: Callable[..., None]) -> None:
         try:

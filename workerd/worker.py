@@ -71,12 +71,23 @@ def main(connection: Connection, slot: memoryview, attributes: object, settings:
     worker = Worker(connection, slot, settings)
     try:
         instance = attributes() if isinstance(attributes, type) else attributes
-        methods = {name: getattr(instance, name) for name in find_targets(type(instance))}
+        methods = Methods({name: getattr(instance, name) for name in find_targets(type(instance))})
     except BaseException as error:
         worker.send(FAILED, describe(error))
         raise SystemExit(1) from None
     worker.send(READY)
     worker.run(methods)
+
+
+class UnknownTarget(LookupError):  # noqa: N818 - shown to users as the type of the error
+    """A job that was accepted names a method that the class no longer has."""
+
+
+class Methods(dict[str, "Callable[[Any], Any]"]):
+    """The methods that jobs may call, by name."""
+
+    def __missing__(self, name: str) -> Callable[[Any], Any]:
+        raise UnknownTarget(f"the class has no public method {name!r} any more; bring it back and retry the job")
 
 
 def describe(error: BaseException) -> str:
@@ -124,7 +135,7 @@ class Worker:
         with self._lock:
             self.connection.send_bytes(self._encode(message))
 
-    def run(self, methods: dict[str, Callable[[Any], Any]]) -> None:
+    def run(self, methods: Methods) -> None:
         """Run batches until the pool closes the pipe, or is gone."""
         with contextlib.suppress(EOFError, OSError):
             while True:
@@ -134,7 +145,7 @@ class Worker:
                     if self.settings.max_memory and resident_memory() > self.settings.max_memory:
                         self.send(RECYCLE)
 
-    def _run_batch(self, first: int, jobs: list[Job], methods: dict[str, Callable[[Any], Any]]) -> None:
+    def _run_batch(self, first: int, jobs: list[Job], methods: Methods) -> None:
         slot = self.slot
         decode = self.decode_arguments
         clock = time.monotonic_ns
@@ -161,7 +172,7 @@ class Worker:
                         special = encode_result(result)
                 except BaseException as error:  # however a job ends, the worker goes on
                     self.running = 0
-                    special = (TIMEOUT if isinstance(error, JobTimeout) else ERROR, describe(error))
+                    special = (kind_of(error), describe(error))
             except JobTimeout as error:  # it came in the very moment in which the method raised
                 special = (TIMEOUT, describe(error))
             end = clock()
@@ -213,6 +224,13 @@ class Worker:
         job = self.current
         text = text[:TEXT_LIMIT].encode("utf-8", "backslashreplace").decode()
         self.send(OUTPUT, level, text, job and job[0], job and job[1], job and job[2])
+
+
+def kind_of(error: BaseException) -> int:
+    """How an exception ends a job: trying an unknown target again is of no use."""
+    if isinstance(error, JobTimeout):
+        return TIMEOUT
+    return UNUSABLE if isinstance(error, UnknownTarget) else ERROR
 
 
 def encode_result(result: object) -> tuple[int, object]:

@@ -1,0 +1,190 @@
+"""The commands of the socket: ping, status, targets, dead, and `false`."""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import TYPE_CHECKING, Any
+
+from msgspec import UNSET, Raw, structs
+
+from workerd import __version__, protocol
+from workerd.errors import Code, SpoolError
+from workerd.process import Phase
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine
+
+    from workerd.config import Config
+    from workerd.engine import Engine
+    from workerd.feeder import Reply
+    from workerd.process import WorkerProcess
+    from workerd.spool import DeadJob, Spool
+
+
+class Control:
+    """Answers commands. `state` says what the daemon is doing, `metrics_address` where it is scraped."""
+
+    def __init__(self, engine: Engine, config: Config, state: Callable[[], str]) -> None:
+        self.engine = engine
+        self.config = config
+        self.metrics_address: str | None = None
+        self._state = state
+        self._began = time.monotonic()
+
+    def handle(self, request: protocol.Request, reply: Reply) -> None:
+        """Answer any request; jobs go to the engine."""
+        if isinstance(request, protocol.Single | protocol.Batch):
+            self.engine.submit(request, reply)
+        elif isinstance(request, protocol.Problem):
+            self.engine.metrics.rejected(request.code, 1)
+            reply.complete(protocol.refusal(request.code, request.message, request.id))
+        elif isinstance(request, protocol.Retire):
+            reply.complete(answer("retire", {"wanted": self.engine.pool.retire_one()}))
+        elif isinstance(request, protocol.Dead):
+            self.engine.pool.loop.create_task(self._dead(request, reply))
+        else:
+            request_id = None if request.id is UNSET else request.id
+            results = {"ping": self._ping, "status": self.status, "targets": self._targets}
+            reply.complete(answer(request.command, results[request.command](), request_id))
+
+    def _ping(self) -> dict[str, Any]:
+        return {"version": __version__, "state": self._state()}
+
+    def _targets(self) -> dict[str, Any]:
+        return {"targets": self.engine.pool.current.targets}
+
+    def worker_counts(self) -> dict[str, int]:
+        """How many workers are in which state."""
+        counts = dict.fromkeys(("starting", "idle", "busy", "retiring"), 0)
+        for process in self.engine.pool.workers():
+            counts[worker_state(process)] += 1
+        return counts
+
+    def job_counts(self) -> dict[str, int]:
+        """How many jobs are in which state. What a worker holds but has not begun is ready."""
+        queue, pool = self.engine.queue, self.engine.pool
+        running = sum(process.running() is not None for process in pool.workers())
+        return {
+            "ready": queue.ready_count() + max(0, queue.held - running),
+            "scheduled": queue.scheduled_count(),
+            "running": running,
+            "dead": self.engine.dead,
+        }
+
+    def status(self) -> dict[str, Any]:
+        """All that `workerd status` shows; see protocol.md."""
+        engine = self.engine
+        return {
+            "version": __version__,
+            "pid": os.getpid(),
+            "state": self._state(),
+            "uptime": time.monotonic() - self._began,
+            "generation": engine.pool.current.number,
+            "config": str(self.config.file),
+            "socket": str(self.config.feeder.socket),
+            "metrics": self.metrics_address,
+            "workers": {"wanted": engine.pool.current.wanted, **self.worker_counts()},
+            "jobs": self.job_counts(),
+            "oldest_ready": engine.queue.oldest_ready(),
+            "targets": engine.metrics.by_target(),
+            "rejected": engine.metrics.rejections(),
+            "spool": {
+                "path": str(self.config.spool.path or ""),
+                "bytes": engine.writer.spool.size(),
+                "failing": engine.writer.failing,
+            },
+            "processes": [self._process(process) for process in engine.pool.workers()],
+        }
+
+    def _process(self, process: WorkerProcess) -> dict[str, Any]:
+        running = process.running()
+        job = running[1] if running else None
+        return {
+            "worker": process.number,
+            "pid": process.pid,
+            "state": worker_state(process),
+            "generation": process.generation,
+            "finished": process.finished,
+            "job": self.engine.job_id(job.seq, job.key) if job else None,
+            "target": job.target if job else None,
+            "running_for": running[2] if running else None,
+        }
+
+    # --- dead jobs ----------------------------------------------------------------------------------------
+
+    async def _dead(self, request: protocol.Dead, reply: Reply) -> None:
+        actions = {"list": self._list_dead, "retry": self._retry_dead, "delete": self._delete_dead}
+        try:
+            result = await actions[request.action](request)
+        except SpoolError as error:
+            reply.complete(protocol.refusal(Code.SPOOL_FAILED, str(error)))
+            return
+        if result is None:
+            message = f"no dead job has the id {protocol.shown(request.id)}; `workerd dead` lists them"
+            reply.complete(protocol.refusal(Code.NOT_FOUND, message, request.id))
+        else:
+            reply.complete(answer("dead", result))
+
+    async def _list_dead(self, request: protocol.Dead) -> dict[str, Any] | None:
+        def read(spool: Spool) -> tuple[list[DeadJob], int]:
+            if request.id is not None:
+                found = spool.find_dead(request.id)
+                return ([found] if found else []), 1
+            return spool.dead(request.after, request.limit, request.target)
+
+        jobs, total = await self.engine.writer.call(read)
+        if request.id is not None and not jobs:
+            return None
+        more = len(jobs) == request.limit
+        return {"jobs": [self._dead_job(dead) for dead in jobs], "next": jobs[-1].job.seq if more else None, "total": total}
+
+    def _dead_job(self, dead: DeadJob) -> dict[str, Any]:
+        job = dead.job
+        return {
+            "id": self.engine.job_id(job.seq, job.key),
+            "target": job.target,
+            "arguments": Raw(job.arguments),
+            "submitted": job.submitted,
+            "ended": dead.ended,
+            "attempts": job.attempts,
+            "crashes": job.crashes,
+            "error": Raw(dead.error),
+        }
+
+    async def _retry_dead(self, request: protocol.Dead) -> dict[str, Any] | None:
+        engine = self.engine
+        # revived jobs join the end of their lines, so they need new places in the order
+        first = engine.next_seq
+        engine.next_seq += engine.dead
+        selection = structs.asdict(request)
+        ready = await engine.writer.call(lambda spool: spool.revive(selection, first))
+        count = sum(ready.values())
+        if request.id is not None and not count:
+            return None
+        engine.dead -= count
+        engine.queue.revived(ready, first)
+        engine.settled()
+        return {"retried": count}
+
+    async def _delete_dead(self, request: protocol.Dead) -> dict[str, Any] | None:
+        now = time.time()
+        selection = structs.asdict(request)
+        count = await self.engine.writer.call(lambda spool: spool.delete_dead(selection, now))
+        if request.id is not None and not count:
+            return None
+        self.engine.dead -= count
+        return {"deleted": count}
+
+
+def worker_state(process: WorkerProcess) -> str:
+    """One word for what a worker is doing."""
+    if process.phase is Phase.READY:
+        return "busy" if process.holder.batches else "idle"
+    return process.phase.value
+
+
+def answer(command: str, result: Any, request_id: str | None = None) -> bytes:
+    """The reply line of a command."""
+    fields = {"command": command, "result": result}
+    return protocol.reply(fields if request_id is None else {"id": request_id, **fields})

@@ -1,0 +1,327 @@
+"""The walk of a job: from a request through queue, pool and spool to its reply, with the counting on the way.
+
+Everything here happens once for each chunk of requests or batch of outcomes, on the event loop. What is durable
+waits for the writer; what only has to run does not.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from itertools import accumulate
+from typing import TYPE_CHECKING
+
+import msgspec
+from msgspec import UNSET
+
+from workerd import protocol
+from workerd.errors import Code, SpoolError
+from workerd.job import Job, Options, State
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from workerd.feeder import Reply
+    from workerd.metrics import Metrics
+    from workerd.pool import Pool
+    from workerd.queue import JobQueue, Refill
+    from workerd.spool import Committed, Spool
+    from workerd.writer import Writer
+
+log = logging.getLogger("workerd")
+
+REFILL_BYTES = 16 * 2**20
+
+UNKNOWN_TARGET = "no method of the class is called {}; the targets are {}"
+SPOOL_FULL = "{} jobs are queued and no more than {} may be ([spool] max_jobs); try again later"
+DRAINING = "the daemon is stopping; send the job again when it is back"
+
+
+class Engine:
+    """Implements the pool's Observer. `prefix` is what the ids of this spool begin with."""
+
+    def __init__(
+        self, queue: JobQueue, writer: Writer, metrics: Metrics, prefix: str, first_seq: int, *, durable: bool
+    ) -> None:
+        self.queue = queue
+        self.writer = writer
+        self.metrics = metrics
+        self.prefix = prefix
+        self.next_seq = first_seq
+        self.durable = durable
+        self.defaults: dict[str, Options] = {}  # of each target
+        self.draining = False
+        self.dead = 0
+        self.pool: Pool
+        self.on_change: Callable[[], None] = lambda: None
+
+    def job_id(self, seq: int, key: str | None) -> str:
+        """The id that clients know a job by."""
+        return key or f"{self.prefix}{seq:x}"
+
+    # --- in -----------------------------------------------------------------------------------------------
+
+    def submit(self, request: protocol.Single | protocol.Batch, reply: Reply) -> None:
+        """Accept or refuse jobs; completes the reply, now or once they are safe."""
+        now = time.time()
+        batch = isinstance(request, protocol.Batch)
+        answer = Answer(self, reply, batch=batch)
+        if self.draining:
+            answer.refuse_all(request.jobs, Code.DRAINING, DRAINING)
+            return
+        if not self.queue.room_for(len(request.jobs)):
+            text = SPOOL_FULL.format(self.queue.total, self.queue.max_jobs)
+            answer.refuse_all(request.jobs, Code.SPOOL_FULL, text)
+            return
+        if batch and (unknown := [i for i, job in enumerate(request.jobs) if job.target not in self.defaults]):
+            where = f"$[{unknown[0]}].target: "
+            answer.refuse_all(request.jobs, Code.UNKNOWN_TARGET, where + self._unknown(request.jobs[unknown[0]]))
+            return
+        jobs, keyed = self._make_jobs(request.jobs, answer, now)
+        for target in {job.target for job in jobs + keyed}:
+            self.metrics.submitted(target, sum([job.target == target for job in jobs + keyed]))
+        if self.durable:
+            self.writer.add(jobs, keyed, answer)
+            self.enter(jobs, now)
+        else:
+            self.enter(jobs, now)
+            if keyed:
+                self.writer.add([], keyed, answer)
+            else:
+                answer.accept(frozenset())
+
+    def _make_jobs(
+        self, requests: list[protocol.JobRequest], answer: Answer, now: float
+    ) -> tuple[list[Job], list[Job]]:
+        jobs: list[Job] = []
+        keyed = answer.keyed
+        entries = answer.entries
+        defaults = self.defaults
+        seq = self.next_seq
+        for request in requests:
+            options = defaults.get(request.target)
+            if options is None:
+                self.metrics.rejected(Code.UNKNOWN_TARGET, 1)
+                request_id = None if request.id is UNSET else request.id
+                entries.append(protocol.refusal(Code.UNKNOWN_TARGET, self._unknown(request), request_id))
+                continue
+            if request.has_options():
+                options = options.override(request)
+            job = Job(seq, request.target, bytes(request.arguments), options, now, now + request.delay)
+            seq += 1
+            if request.reply == "result":
+                job.waiter = answer.reply
+                answer.reply.connection.await_result(1)
+            if request.id is UNSET:
+                jobs.append(job)
+            else:
+                job.key = request.id
+                keyed.append(job)
+            entries.append(job)
+        self.next_seq = seq
+        return jobs, keyed
+
+    def _unknown(self, request: protocol.JobRequest) -> str:
+        return UNKNOWN_TARGET.format(protocol.shown(request.target), ", ".join(sorted(self.defaults)))
+
+    def enter(self, jobs: list[Job], now: float) -> None:
+        """Jobs are accepted, or as good as: queue them, and set the workers to work."""
+        self.queue.enter(jobs, now)
+        self.pool.dispatch()
+        self.settled()
+
+    # --- out: the pool's Observer -------------------------------------------------------------------------
+
+    def succeeded(self, target: str, jobs: list[Job], durations: list[int], started: int) -> None:
+        first = time.time() - (time.monotonic_ns() - started) / 1e9
+        begins = accumulate(durations, lambda at, duration: at + duration / 1e9, initial=first)
+        if log.isEnabledFor(logging.DEBUG):
+            for job, duration in zip(jobs, durations, strict=True):
+                about = {"job": self.job_id(job.seq, job.key), "target": target, "event": "job_succeeded"}
+                log.debug("succeeded in %.6f s", duration / 1e9, extra=about)
+        self.metrics.finished(target, "succeeded", len(jobs))
+        self.metrics.durations(target, durations)
+        self.metrics.waits(target, [max(0.0, at - job.ready_at) for at, job in zip(begins, jobs, strict=False)])
+        changes = self.writer.changes
+        changes.deletes += [job.seq for job in jobs if job.stored and job.key is None]
+        for job in jobs:
+            if job.key is not None:
+                changes.succeeded.append((job.seq, time.time()))
+
+    def result(self, job: Job, encoded: bytes, duration: int) -> None:
+        job_id = protocol.quoted(self.job_id(job.seq, job.key))
+        head = f'{{"id":{job_id},"status":"succeeded","result":'.encode()
+        tail = f',"attempts":{job.attempts},"duration":{duration / 1e9:.6f}}}\n'.encode()
+        self._tell(job, head + encoded + tail)
+
+    def failed(self, job: Job, reason: str, error: bytes, duration: int) -> None:
+        name = self.job_id(job.seq, job.key)
+        details = {"reason": reason, **msgspec.json.decode(error)}
+        self.metrics.durations(job.target, [duration])
+        about = {"job": name, "target": job.target}
+        if job.state is State.SCHEDULED:
+            self.metrics.retried(job.target, 1)
+            if job.stored:
+                self.writer.changes.updates.append(job)
+            wait = job.ready_at - time.time()
+            log.warning(
+                "%s, to be run again in %.1f s: %s",
+                summary(reason, job, details), max(0.0, wait), details["message"],
+                extra={**about, "event": "job_retried"},
+            )
+            return
+        self.bury(job, details)
+        log.error(
+            "%s, dead: %s\n%s",
+            summary(reason, job, details), details["message"], details["traceback"],
+            extra={**about, "event": "job_dead"},
+        )
+
+    def bury(self, job: Job, details: dict[str, str]) -> None:
+        """A job is dead: keep it with its error, and tell who waits for it."""
+        self.dead += 1
+        self.metrics.finished(job.target, details["reason"], 1)
+        self.writer.changes.buried.append((job, msgspec.json.encode(details), time.time()))
+        fields = {
+            "id": self.job_id(job.seq, job.key), "status": "dead", "error": details,
+            "attempts": job.attempts, "crashes": job.crashes,
+        }
+        self._tell(job, protocol.reply(fields))
+
+    def _tell(self, job: Job, line: bytes) -> None:
+        reply: Reply | None = job.waiter
+        if reply is not None:
+            job.waiter = None
+            reply.add_result(line)
+            reply.connection.await_result(-1)
+
+    def output(self, worker: int, level: int, text: str, job: tuple[int, str | None, str] | None) -> None:
+        extra: dict[str, object] = {"worker": worker, "event": "worker_output"}
+        if job is not None:
+            extra |= {"job": self.job_id(job[0], job[1]), "target": job[2]}
+        log.log(level, "%s", text, extra=extra)
+
+    def worker_exited(self, worker: int, reason: str, status: int, job: Job | None) -> None:
+        self.metrics.worker_exit(reason)
+        extra: dict[str, object] = {"worker": worker, "event": "worker_exited"}
+        how = f"exit status {status}" if status >= 0 else f"signal {-status}"
+        if job is not None:
+            extra |= {"job": self.job_id(job.seq, job.key), "target": job.target}
+        level = logging.INFO if reason == "retired" else logging.WARNING
+        log.log(level, "worker %d is gone: %s (%s)", worker, reason, how, extra=extra)
+
+    def start_failed(self, worker: int, error: bytes) -> None:
+        details = msgspec.json.decode(error)
+        log.error(
+            "worker %d could not make an instance of the class: %s: %s\n%s",
+            worker, details["type"], details["message"], details["traceback"],
+            extra={"worker": worker, "event": "worker_exited"},
+        )
+
+    def settled(self) -> None:
+        queue, writer = self.queue, self.writer
+        if queue.spilled:
+            spilled, queue.spilled = queue.spilled, []
+            if not self.durable:  # else they are in the spool already, or about to be
+                for job in spilled:
+                    fresh = not (job.stored or job.attempts or job.crashes)
+                    (writer.changes.inserts if fresh else writer.changes.updates).append(job)
+        if writer.changes:
+            writer.wake()
+        self.on_change()
+        while (refill := queue.wanted()) is not None:
+            self.pool.loop.create_task(self._refill(refill))
+
+    async def _refill(self, refill: Refill) -> None:
+        def read(spool: Spool) -> list[Job]:
+            if refill.priority is None:
+                return spool.refill_scheduled(refill.after, refill.limit, REFILL_BYTES)
+            return spool.refill_ready(refill.priority, refill.after[1], refill.limit, REFILL_BYTES)
+
+        try:
+            jobs = await self.writer.call(read)
+        except SpoolError as error:
+            log.error("the backlog cannot be read: %s", error, extra={"event": "spool_failed"})
+            self.queue.refill_failed(refill)
+            return
+        self.queue.refilled(refill, jobs)
+        self.pool.dispatch()
+        self.settled()
+
+
+def summary(reason: str, job: Job, details: dict[str, str]) -> str:
+    """How a job ended, in a few words."""
+    if reason == "crashed":
+        return f"crashed its worker (crash {job.crashes} of {job.options.max_crashes})"
+    how = "timed out" if reason == "timed_out" else f"raised {details['type']}"
+    return f"{how} (attempt {job.attempts} of {job.options.max_attempts})"
+
+
+class Answer:
+    """What a chunk of jobs will be answered with: a job, or a refusal, for each line."""
+
+    def __init__(self, engine: Engine, reply: Reply, *, batch: bool) -> None:
+        self.engine = engine
+        self.reply = reply
+        self.batch = batch
+        self.entries: list[Job | bytes] = []
+        self.keyed: list[Job] = []
+
+    def refuse_all(self, requests: list[protocol.JobRequest], code: Code, message: str) -> None:
+        """No job of these is accepted."""
+        self.engine.metrics.rejected(code, len(requests))
+        if self.batch:
+            self.reply.complete(protocol.refusal(code, message))
+            return
+        ids = [None if request.id is UNSET else request.id for request in requests]
+        self.reply.complete(b"".join([protocol.refusal(code, message, job_id) for job_id in ids]))
+
+    def committed(self, committed: Committed) -> None:
+        """The writer: what was to be stored is stored."""
+        for job in self.keyed:
+            if job.seq not in committed.new and job.waiter is not None:
+                job.waiter = None
+                self.reply.connection.await_result(-1)
+        self.accept(committed.new)
+        if self.keyed:
+            self.engine.enter([job for job in self.keyed if job.seq in committed.new], time.time())
+
+    def accept(self, new: frozenset[int] | set[int]) -> None:
+        """Send the acknowledgements; a job with a client's id that is not in `new` is a duplicate."""
+        prefix = self.engine.prefix
+        lines = [
+            entry.decode().rstrip() if isinstance(entry, bytes)
+            else f'{{"id":"{prefix}{entry.seq:x}","status":"accepted"}}' if entry.key is None
+            else f'{{"id":{protocol.quoted(entry.key)},"status":"{"accepted" if entry.seq in new else "duplicate"}"}}'
+            for entry in self.entries
+        ]
+        text = f"[{','.join(lines)}]\n" if self.batch else "\n".join(lines) + "\n"
+        self.reply.complete(text.encode())
+
+    def refused(self, error: SpoolError) -> None:
+        """The writer: nothing was stored. A job that has ended all the same is truly accepted."""
+        message = f"the job could not be stored, so it is not accepted: {error}"
+        ended = (State.SUCCEEDED, State.DEAD)
+        jobs = [entry for entry in self.entries if not isinstance(entry, bytes)]
+        lost = [job for job in jobs if job.key is not None or job.state not in ended]
+        if not lost:
+            self.accept(frozenset())
+            return
+        self.engine.metrics.rejected(Code.SPOOL_FAILED, len(lost))
+        for job in lost:
+            if job.waiter is not None:
+                job.waiter = None
+                self.reply.connection.await_result(-1)
+        self.engine.queue.refused([job for job in lost if job.key is None])
+        if self.batch:
+            self.reply.complete(protocol.refusal(Code.SPOOL_FAILED, message))
+            return
+        prefix = self.engine.prefix
+        gone = {job.seq for job in lost}
+        lines = [
+            entry if isinstance(entry, bytes)
+            else protocol.refusal(Code.SPOOL_FAILED, message, entry.key) if entry.seq in gone
+            else f'{{"id":"{prefix}{entry.seq:x}","status":"accepted"}}\n'.encode()
+            for entry in self.entries
+        ]
+        self.reply.complete(b"".join(lines))

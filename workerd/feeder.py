@@ -1,0 +1,279 @@
+"""The Unix socket: listen, accept, frame, push back, and give each connection its replies in order.
+
+It knows nothing of workers or of the spool. Each chunk of requests goes to `handle`, which fills in a `Reply` at
+once or later; a connection sends its replies strictly in the order of the requests. A client that does not
+read its replies, or that is far ahead of them, is not read from until it has caught up.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import grp
+import os
+import socket
+import stat
+from collections import deque
+from typing import TYPE_CHECKING
+
+from workerd import protocol
+from workerd.errors import Code, ConfigError, WorkerdError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+BACKLOG = 4096
+WRITE_HIGH = 4 * 2**20  # bytes of unread replies after which a connection is not read from
+WRITE_LIMIT = 64 * 2**20  # ... after which it is closed: results come without being asked for
+PENDING_BYTES = 16 * 2**20  # bytes of requests without a reply after which a connection is not read from
+TOTAL_PENDING = 256 * 2**20  # the same for all connections together
+
+
+class Reply:
+    """What a chunk of requests is answered with. `results` are the lines of jobs that end before it is sent."""
+
+    __slots__ = ("connection", "data", "results", "sent", "size")
+
+    def __init__(self, connection: Connection, size: int) -> None:
+        self.connection = connection
+        self.size = size  # bytes of the requests
+        self.data: bytes | None = None
+        self.sent = False
+        self.results: list[bytes] = []
+
+    def complete(self, data: bytes) -> None:
+        """The answer is known; it is sent as soon as its turn comes."""
+        self.data = data
+        self.connection.flush()
+
+    def add_result(self, line: bytes) -> None:
+        """A job of this chunk has ended; its line follows the answer."""
+        if self.sent:
+            self.connection.write(line)
+        else:
+            self.results.append(line)
+
+
+class Connection(asyncio.Protocol):
+    """One client."""
+
+    def __init__(self, feeder: Feeder) -> None:
+        self._feeder = feeder
+        self._framer = protocol.Framer(feeder.max_line)
+        self._transport: asyncio.Transport | None = None
+        self._replies: deque[Reply] = deque()
+        self._pending = 0
+        self._awaited = 0  # results that this client still waits for
+        self._paused = False
+        self._full = False
+        self._finished = False  # the client has half-closed
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self._transport = transport
+        transport.set_write_buffer_limits(high=WRITE_HIGH)
+        if not self._feeder.admit(self):
+            limit = self._feeder.max_connections
+            message = f"{limit} clients are connected already ([feeder] max_connections); try again later"
+            transport.write(protocol.refusal(Code.TOO_MANY_CONNECTIONS, message))
+            transport.close()
+
+    def connection_lost(self, _error: Exception | None) -> None:
+        self._transport = None
+        self._feeder.pending -= self._pending
+        self._replies.clear()
+        self._feeder.forget(self)
+
+    def data_received(self, data: bytes) -> None:
+        self._handle(self._framer.feed(data), len(data))
+
+    def eof_received(self) -> bool:
+        self._handle(self._framer.finish(), 0)
+        self._finished = True
+        self._close_when_done()
+        return True  # keep our half open: the replies still come
+
+    def pause_writing(self) -> None:
+        self._full = True
+        self._throttle()
+
+    def resume_writing(self) -> None:
+        self._full = False
+        self._throttle()
+
+    def _handle(self, requests: list[protocol.Request], size: int) -> None:
+        for request in requests:
+            reply = Reply(self, size)
+            self._pending += size
+            self._feeder.pending += size
+            size = 0
+            self._replies.append(reply)
+            self._feeder.handle(request, reply)
+        self._throttle()
+
+    def await_result(self, count: int) -> None:
+        """`count` result lines will come (or, negative, have come) for this client."""
+        self._awaited += count
+        if count < 0:
+            self._close_when_done()
+
+    def flush(self) -> None:
+        """Send the replies whose turn has come."""
+        replies = self._replies
+        lines: list[bytes] = []
+        while replies and (data := replies[0].data) is not None:
+            reply = replies.popleft()
+            reply.sent = True
+            self._pending -= reply.size
+            self._feeder.pending -= reply.size
+            lines.append(data)
+            lines += reply.results
+        if lines:
+            self.write(b"".join(lines))
+            self._throttle()
+            self._close_when_done()
+
+    def write(self, data: bytes) -> None:
+        """Send bytes, unless the client is gone; one that lets too much pile up is cut off."""
+        if self._transport is None:
+            return
+        self._transport.write(data)
+        if self._transport.get_write_buffer_size() > WRITE_LIMIT:
+            self._transport.abort()
+
+    def close(self) -> None:
+        """Send what is written already, then close."""
+        if self._transport is not None:
+            self._transport.close()
+
+    def _close_when_done(self) -> None:
+        if self._finished and not self._replies and self._awaited <= 0:
+            self.close()
+
+    def _throttle(self) -> None:
+        ahead = self._pending > PENDING_BYTES or (self._pending > 0 and self._feeder.pending > TOTAL_PENDING)
+        pause = self._full or ahead
+        if pause is not self._paused and self._transport is not None and not self._finished:
+            self._paused = pause
+            (self._transport.pause_reading if pause else self._transport.resume_reading)()
+
+
+class Feeder:
+    """All connections. `handle(request, reply)` must complete each reply, now or later."""
+
+    def __init__(
+        self,
+        handle: Callable[[protocol.Request, Reply], None],
+        max_line: int,
+        max_connections: int,
+    ) -> None:
+        self.handle = handle
+        self.max_line = max_line
+        self.max_connections = max_connections
+        self.pending = 0  # bytes of requests without a reply, of all connections
+        self._connections: set[Connection] = set()
+        self._server: asyncio.Server | None = None
+        self._socket: socket.socket | None = None
+
+    async def listen(self, sock: socket.socket) -> None:
+        """Accept clients on a bound socket, which stays the caller's."""
+        self._socket = sock.dup()
+        sock.listen(BACKLOG)
+        loop = asyncio.get_running_loop()
+        self._server = await loop.create_unix_server(lambda: Connection(self), sock=self._socket)
+
+    def admit(self, connection: Connection) -> bool:
+        """Count a new connection in; False when there are too many."""
+        if len(self._connections) >= self.max_connections:
+            return False
+        self._connections.add(connection)
+        return True
+
+    def forget(self, connection: Connection) -> None:
+        """A connection is closed."""
+        self._connections.discard(connection)
+
+    def stop_accepting(self) -> None:
+        """Clients that connect from now on wait for the next daemon, if systemd holds the socket."""
+        if self._server is not None:
+            self._server.close()
+
+    async def close(self) -> None:
+        """Close all connections once what was written to them is sent, or after a second."""
+        self.stop_accepting()
+        for connection in list(self._connections):
+            connection.close()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(1):
+                while self._connections:
+                    await asyncio.sleep(0.01)
+
+
+# --- the socket file --------------------------------------------------------------------------------------
+
+
+class SocketFile:
+    """A socket bound by us, and its lock, so that two daemons cannot take turns in unlinking each other's."""
+
+    def __init__(self, path: Path, mode: int, group: str) -> None:
+        """Bind `path`, replacing a socket that nobody listens on. Raises ConfigError or WorkerdError."""
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._lock = os.open(f"{path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._remove_stale()
+            self.socket = self._bind(mode, group)
+        except BlockingIOError:
+            os.close(self._lock)
+            raise WorkerdError(f"{path}: another workerd listens there; stop it first") from None
+        except BaseException:
+            os.close(self._lock)
+            raise
+        self._inode = path.lstat().st_ino
+
+    def _remove_stale(self) -> None:
+        try:
+            found = self.path.lstat()
+        except FileNotFoundError:
+            return
+        if not stat.S_ISSOCK(found.st_mode):
+            raise ConfigError(f"[feeder] socket: {self.path} exists and is not a socket; move it away")
+        with socket.socket(socket.AF_UNIX) as probe:
+            try:
+                probe.connect(str(self.path))
+            except ConnectionRefusedError:
+                self.path.unlink()
+                return
+        raise WorkerdError(f"{self.path}: another process listens there; stop it first")
+
+    def _bind(self, mode: int, group: str) -> socket.socket:
+        gid = -1
+        if group:
+            try:
+                gid = grp.getgrnam(group).gr_gid
+            except KeyError:
+                raise ConfigError(f"[feeder] group: there is no group {group!r} on this host") from None
+        sock = socket.socket(socket.AF_UNIX)
+        before = os.umask(0o777)  # nobody may connect until owner and mode are right
+        try:
+            sock.bind(str(self.path))
+        except BaseException:
+            sock.close()
+            raise
+        finally:
+            os.umask(before)
+        if gid >= 0:
+            os.chown(self.path, -1, gid)
+        self.path.chmod(mode)
+        return sock
+
+    def close(self) -> None:
+        """Close, and unlink the file if it is still ours."""
+        self.socket.close()
+        with contextlib.suppress(FileNotFoundError):
+            if self.path.lstat().st_ino == self._inode:
+                self.path.unlink()
+        os.close(self._lock)

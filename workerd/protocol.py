@@ -1,0 +1,236 @@
+"""The socket's language: NDJSON bytes to requests, and replies to bytes. Sans-IO; protocol.md is the definition.
+
+A chunk of lines is decoded in one call when all of them are jobs, which is the common case; only when that fails is it
+looked at line by line, which also finds the words for what is wrong.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import UNSET, Meta, Raw, UnsetType
+
+from workerd.errors import Code, Refusal
+from workerd.job import OptionFields, Seconds
+
+Id = Annotated[str, Meta(min_length=1, max_length=128)]
+NULL = Raw(b"null")
+
+
+class JobRequest(OptionFields, frozen=True, kw_only=True):
+    """A job as a client writes it."""
+
+    target: str
+    arguments: Raw = NULL
+    id: Id | UnsetType = UNSET
+    reply: Literal["accepted", "result"] = "accepted"
+    delay: Seconds = 0.0
+
+    def has_options(self) -> bool:
+        """Whether any option differs from the target's defaults."""
+        return not (
+            self.priority is UNSET
+            and self.timeout is UNSET
+            and self.max_attempts is UNSET
+            and self.max_crashes is UNSET
+            and self.backoff is UNSET
+        )
+
+
+class Plain(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The commands that have no fields of their own: ping, status, targets."""
+
+    command: Literal["ping", "status", "targets"]
+    id: Id | UnsetType = UNSET
+
+
+class Dead(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """List, retry or delete dead jobs. `retry` and `delete` take exactly one of `id`, `target` and `all`."""
+
+    command: Literal["dead"]
+    action: Literal["list", "retry", "delete"] = "list"
+    id: Id | None = None
+    target: str | None = None
+    all: bool = False
+    after: Annotated[int, Meta(ge=0)] = 0
+    limit: Annotated[int, Meta(ge=1, le=1000)] = 100
+
+
+class Retire(msgspec.Struct, frozen=True):
+    """`false`: one worker fewer."""
+
+
+class Problem(msgspec.Struct, frozen=True):
+    """A line that is no request."""
+
+    code: Code
+    message: str
+    id: str | None = None
+
+
+class Single(msgspec.Struct, frozen=True):
+    """Jobs from lines of their own, in order; one reply line each."""
+
+    jobs: list[JobRequest]
+
+
+class Batch(msgspec.Struct, frozen=True):
+    """The jobs of one array: all or none, one reply line."""
+
+    jobs: list[JobRequest]
+
+
+Request = Single | Batch | Retire | Plain | Dead | Problem
+
+_decode_job = msgspec.json.Decoder(JobRequest)
+_decode_batch = msgspec.json.Decoder(list[JobRequest])
+_encode = msgspec.json.Encoder().encode
+
+
+class Framer:
+    """Cuts a connection's bytes into requests. `max_line` in bytes, without the newline."""
+
+    def __init__(self, max_line: int) -> None:
+        self.max_line = max_line
+        self._tail = b""
+        self._skipping = False  # inside a line that is too long
+
+    def feed(self, data: bytes) -> list[Request]:
+        """The requests that these bytes complete."""
+        end = data.rfind(b"\n") + 1
+        if not end:
+            return self._keep(data)
+        lines = self._tail + data[:end] if self._tail else data[:end]
+        self._tail = b""
+        if self._skipping:
+            self._skipping = False
+            lines = lines[lines.index(b"\n") + 1 :]
+        requests = parse(lines, self.max_line) if lines else []
+        return requests + self._keep(data[end:]) if end < len(data) else requests
+
+    def finish(self) -> list[Request]:
+        """The client has half-closed: what it left without a newline is a line too."""
+        rest, self._tail = self._tail, b""
+        return parse(rest + b"\n", self.max_line) if rest.strip() and not self._skipping else []
+
+    def _keep(self, data: bytes) -> list[Request]:
+        if self._skipping:
+            return []
+        self._tail += data
+        if len(self._tail) <= self.max_line:
+            return []
+        self._tail = b""
+        self._skipping = True
+        return [_too_long(self.max_line)]
+
+
+def parse(lines: bytes, max_line: int) -> list[Request]:
+    """The requests in a chunk of whole lines."""
+    if _is_text(lines) and (len(lines) <= max_line or len(max(lines.split(b"\n"), key=len)) <= max_line):
+        try:
+            jobs = _decode_job.decode_lines(lines)
+        except (msgspec.MsgspecError, ValueError, RecursionError):
+            pass
+        else:
+            # a value may not span lines, nor share one: replies are matched to lines by counting them
+            if len(jobs) == lines.count(b"\n"):
+                return [Single(jobs)]
+    requests: list[Request] = []
+    for line in lines.split(b"\n"):
+        if len(line) > max_line:
+            requests.append(_too_long(max_line))
+        elif line.strip():
+            request = _parse_line(line)
+            if isinstance(request, Single) and requests and isinstance(requests[-1], Single):
+                requests[-1].jobs.extend(request.jobs)
+            else:
+                requests.append(request)
+    return requests
+
+
+def _is_text(data: bytes) -> bool:
+    # raw arguments are passed over without a look at their encoding, so it is checked for the whole chunk
+    try:
+        return data.isascii() or bool(data.decode())
+    except UnicodeDecodeError:
+        return False
+
+
+def _too_long(max_line: int) -> Problem:
+    message = f"a line may be {max_line} bytes long at most ([feeder] max_line); this one was skipped"
+    return Problem(Code.LINE_TOO_LONG, message)
+
+
+def _parse_line(line: bytes) -> Request:
+    try:
+        value = msgspec.json.decode(line)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
+        return Problem(Code.BAD_JSON, f"the line is not valid JSON: {reason}")
+    given = value.get("id") if isinstance(value, dict) else None
+    request_id = given if isinstance(given, str) and len(given) <= 128 else None
+    try:
+        return _interpret(line, value)
+    except Refusal as refusal:
+        return Problem(Code(refusal.code), refusal.message, request_id)
+    except msgspec.ValidationError as error:
+        return Problem(Code.BAD_REQUEST, str(error), request_id)
+
+
+def _interpret(line: bytes, value: Any) -> Request:
+    if value is False:
+        return Retire()
+    if isinstance(value, list):
+        if not value:
+            raise Refusal(Code.BAD_REQUEST, "the batch is empty; send at least one job in the array")
+        return Batch(_decode_batch.decode(line))
+    if not isinstance(value, dict):
+        raise Refusal(
+            Code.BAD_REQUEST,
+            f"expected a job (an object), a batch (an array), a command or false; got {shown(value)}",
+        )
+    if "command" not in value:
+        return Single([_decode_job.decode(line)])
+    if value["command"] == "dead":
+        return _checked(msgspec.convert(value, Dead))
+    if value["command"] in ("ping", "status", "targets"):
+        return msgspec.convert(value, Plain)
+    raise Refusal(
+        Code.UNKNOWN_COMMAND,
+        f"there is no command {shown(value['command'])}; the commands are ping, status, targets and dead",
+    )
+
+
+def _checked(request: Dead) -> Dead:
+    chosen = [request.id is not None, request.target is not None, request.all]
+    if request.action != "list" and sum(chosen) != 1:
+        raise Refusal(
+            Code.BAD_REQUEST, f'{request.action} needs exactly one of "id", "target" and "all": true'
+        )
+    return request
+
+
+def shown(value: object) -> str:
+    """A received value as a message shows it: JSON, cut where it is long."""
+    text = _encode(value).decode()
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+# --- replies ----------------------------------------------------------------------------------------------
+
+
+def reply(fields: object) -> bytes:
+    """One reply line."""
+    return _encode(fields) + b"\n"
+
+
+def refusal(code: str, message: str, request_id: str | None = None) -> bytes:
+    """An error line."""
+    error: dict[str, Any] = {"error": {"code": code, "message": message}}
+    return reply(error if request_id is None else {"id": request_id, **error})
+
+
+def quoted(text: str) -> str:
+    """A string as JSON."""
+    return _encode(text).decode()
