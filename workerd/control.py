@@ -66,8 +66,8 @@ class Control:
         queue, pool = self.engine.queue, self.engine.pool
         running = sum(process.running() is not None for process in pool.workers())
         return {
-            "ready": queue.ready_count() + max(0, queue.held - running),
-            "scheduled": queue.scheduled_count(),
+            "ready": queue.backlog.ready_count() + max(0, queue.held - running),
+            "scheduled": queue.backlog.scheduled_count(),
             "running": running,
             "dead": self.engine.dead,
         }
@@ -86,7 +86,7 @@ class Control:
             "metrics": self.metrics_address,
             "workers": {"wanted": engine.pool.current.wanted, **self.worker_counts()},
             "jobs": self.job_counts(),
-            "oldest_ready": engine.queue.oldest_ready(),
+            "oldest_ready": engine.queue.backlog.oldest_ready(),
             "targets": engine.metrics.by_target(),
             "rejected": engine.metrics.rejections(),
             "spool": {

@@ -297,7 +297,7 @@ class Daemon:
         return metrics.Snapshot(
             jobs=self.control.job_counts(),
             workers=self.control.worker_counts(),
-            oldest_ready=self.engine.queue.oldest_ready(),
+            oldest_ready=self.engine.queue.backlog.oldest_ready(),
             spool_bytes=self.writer.spool.size(),
             spool_failing=self._failing,
         )

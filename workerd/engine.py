@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from workerd.feeder import Reply
     from workerd.metrics import Metrics
     from workerd.pool import Pool
-    from workerd.queue import JobQueue, Refill
+    from workerd.backlog import Refill
+    from workerd.queue import JobQueue
     from workerd.spool import Committed, Spool
     from workerd.writer import Writer
 
@@ -220,8 +221,8 @@ class Engine:
 
     def settled(self) -> None:
         queue, writer = self.queue, self.writer
-        if queue.spilled:
-            spilled, queue.spilled = queue.spilled, []
+        if queue.backlog.spilled:
+            spilled, queue.backlog.spilled = queue.backlog.spilled, []
             if not self.durable:  # else they are in the spool already, or about to be
                 for job in spilled:
                     fresh = not (job.stored or job.attempts or job.crashes)
@@ -229,7 +230,7 @@ class Engine:
         if writer.changes:
             writer.wake()
         self.on_change()
-        while (refill := queue.wanted()) is not None:
+        while (refill := queue.backlog.wanted()) is not None:
             self.pool.loop.create_task(self._refill(refill))
 
     async def _refill(self, refill: Refill) -> None:
@@ -242,9 +243,9 @@ class Engine:
             jobs = await self.writer.call(read)
         except SpoolError as error:
             log.error("the backlog cannot be read: %s", error, extra={"event": "spool_failed"})
-            self.queue.refill_failed(refill)
+            self.queue.backlog.refill_failed(refill)
             return
-        self.queue.refilled(refill, jobs)
+        self.queue.backlog.refilled(refill, jobs)
         self.pool.dispatch()
         self.settled()
 

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from workerd import forkserver, worker
+from workerd import forkserver, worker, zygote
 from workerd.claims import Claims
 from workerd.errors import WorkerdError
 from workerd.frames import FrameReader
@@ -149,7 +149,7 @@ def _supervise(connection: Connection, other_end: Connection, number: int, attri
     other_end.close()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the program; we end with it
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    forkserver.name_process("workerd-super")
+    zygote.name_process("workerd-super")
     asyncio.run(Supervisor(connection, os.getppid(), attributes).main(number))
 
 
@@ -186,14 +186,14 @@ class Supervisor:
         parent = os.getpid()
         if os.fork() == 0:
             try:
-                forkserver.die_with_parent(parent)
-                forkserver.name_process("workerd-fork")
+                zygote.die_with_parent(parent)
+                zygote.name_process("workerd-fork")
                 ours.close()
                 kind = self._attributes if isinstance(self._attributes, type) else type(self._attributes)
-                loaded: forkserver.Message = forkserver.Loaded(forkserver.describe_targets(kind))
+                loaded: zygote.Message = zygote.Loaded(zygote.describe_targets(kind))
                 theirs.send(msgspec.json.encode(loaded))
                 settings = worker.Settings(codec="pickle", capture=False)
-                forkserver.serve(theirs, claims, self._attributes, settings)
+                zygote.serve(theirs, claims, self._attributes, settings)
             finally:
                 os._exit(1)
         theirs.close()
@@ -224,7 +224,7 @@ class Supervisor:
         self.settled()
 
     def settled(self) -> None:
-        ready = [line.jobs[0].seq for line in self._queue.lines.values() if line.jobs]
+        ready = [line.jobs[0].seq for line in self._queue.backlog.lines.values() if line.jobs]
         while self._retirements and (not ready or min(ready) > self._retirements[0]):
             self._retirements.popleft()
             self._pool.retire_one()

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import msgspec
 
-from workerd import forkserver, worker
+from workerd import forkserver, worker, zygote
 from workerd.claims import DONE, SEQ, SINCE, SLOTS, STARTED
 from workerd.errors import ConfigError, StartError
 from workerd.job import Job
@@ -45,6 +45,7 @@ KILLED = msgspec.json.encode(
         "traceback": "",
     }
 )
+CLOCK_CHECK = 60.0  # seconds after which a wait for a wall-clock time looks at the clock, which may have been set
 GIVE_UP_AFTER = 5  # workers of a new generation that fail to start, one after another
 LONGEST_BACKOFF = 30.0  # seconds between attempts to start a worker that keeps failing
 
@@ -104,6 +105,7 @@ class Pool:
         self.paused = False  # draining: nothing new is started
         self._free_slots = list(range(SLOTS))
         self._steal: asyncio.TimerHandle | None = None
+        self._due: asyncio.TimerHandle | None = None
         self._generation_number = 0
         self._quiet = asyncio.Event()
 
@@ -203,16 +205,16 @@ class Pool:
             message = generation.server.receive()
         except BlockingIOError:
             return
-        if isinstance(message, forkserver.Started):
+        if isinstance(message, zygote.Started):
             if message.slot in generation.workers:
                 generation.workers[message.slot].pid = message.pid
-        elif isinstance(message, forkserver.Exited):
+        elif isinstance(message, zygote.Exited):
             if message.slot in generation.workers:
                 self._worker_gone(generation, generation.workers[message.slot], message.status)
-        elif isinstance(message, forkserver.Loaded):
+        elif isinstance(message, zygote.Loaded):
             generation.targets = message.targets
             generation.loaded.set_result(None)
-        elif isinstance(message, forkserver.Unusable):
+        elif isinstance(message, zygote.Unusable):
             generation.loaded.set_exception(ConfigError(message.problem))
         else:
             self._server_gone(generation)
@@ -395,12 +397,12 @@ class Pool:
         if self.paused or not self.generations:
             return
         queue = self.queue
-        queue.promote(time.time())
+        self._promote()
         working = self._working()
         while queue.has_ready() and working:
             # the idle first, and no more for each than its share while there is little
             working.sort(key=lambda process: len(process.holder.batches))
-            share = min(BATCH_JOBS, -(-queue.in_memory // len(working)))
+            share = min(BATCH_JOBS, -(-queue.backlog.in_memory // len(working)))
             given = False
             for process in working:
                 most = min(share, self.max_jobs - process.holder.position) if self.max_jobs else share
@@ -413,6 +415,26 @@ class Pool:
         if self._steal is None and not queue.has_ready() and any(process.idle for process in working):
             if any(process.unstarted() for process in working):
                 self._steal = self.loop.call_later(STEAL_AFTER, self._take_back)
+
+    def _promote(self) -> None:
+        """Let the scheduled jobs that are due join their lines, and wake when the next one is."""
+        backlog = self.queue.backlog
+        now = time.time()
+        backlog.promote(now)
+        due = backlog.next_due()
+        if due is None or due <= now:  # none; or due, but the window is full: each report asks again
+            return
+        at = self.loop.time() + min(due - now, CLOCK_CHECK) + 0.001
+        if self._due is not None:
+            if self._due.when() <= at:
+                return
+            self._due.cancel()
+        self._due = self.loop.call_at(at, self._on_due)
+
+    def _on_due(self) -> None:
+        self._due = None
+        self.dispatch()
+        self.observer.settled()
 
     def _working(self) -> list[WorkerProcess]:
         """The workers that may be given jobs: until a new generation is complete, those of the old one."""
@@ -451,8 +473,9 @@ class Pool:
     async def close(self) -> None:
         """End all workers; a job that still runs is charged to nobody. Returns when every process is gone."""
         self.paused = True
-        if self._steal is not None:
-            self._steal.cancel()
+        for timer in (self._steal, self._due):
+            if timer is not None:
+                timer.cancel()
         self._quiet.clear()
         for generation in self.generations:
             generation.wanted = 0

@@ -1,0 +1,227 @@
+"""Backlog: the jobs that wait, ready or for their time. Pure state; a bounded window of them is in memory.
+
+The rest of a long backlog is only in the spool, and the backlog says when it wants more of it (`wanted`), so that ten
+million queued jobs cost disk and not memory. Each line is in memory up to a cursor and in the spool behind it; what
+comes in behind the cursor stays in the spool (`spilled`), so that first come is first served all the same.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import deque
+from math import inf
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from workerd.job import Job, State
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+
+class Line(msgspec.Struct):
+    """The ready jobs of one priority: the head in memory and, behind `cursor`, a tail in the spool."""
+
+    jobs: deque[Job]
+    cursor: int = 0  # every ready job up to this seq is in memory
+    stored: int = 0  # how many are in the spool only
+    loading: bool = False
+
+
+class Refill(msgspec.Struct, frozen=True):
+    """A request to the spool: the next jobs of a line, or (priority None) the next scheduled ones."""
+
+    priority: int | None
+    after: tuple[float, int]  # (ready_at, seq) of the last job in memory; ready lines use the seq alone
+    limit: int
+
+
+class Backlog:
+    """See the module. `window` jobs, and `window_bytes` of arguments, are kept in memory at most, more or less."""
+
+    def __init__(self, window: float = 50_000, window_bytes: float = 64 * 2**20) -> None:
+        self.window = window
+        self.window_bytes = window_bytes
+        self.lines: dict[int, Line] = {}  # by priority, the most urgent first
+        self.scheduled: list[tuple[float, int, Job]] = []  # a heap
+        self.scheduled_stored = 0
+        self.scheduled_cursor = (inf, 0)  # scheduled jobs up to here are in memory
+        self.scheduled_loading = False
+        self.spilled: list[Job] = []  # jobs that left memory for the spool; the owner empties it
+        self.in_memory = 0  # ready jobs in memory, and the bytes of their arguments
+        self.bytes_in_memory = 0
+
+    def enter(self, jobs: Iterable[Job], now: float) -> None:
+        """Take in jobs: to the end of their line, to the schedule, or past the window (`spilled`)."""
+        line: Line | None = None
+        priority = -1
+        for job in jobs:
+            if job.ready_at > now:
+                job.state = State.SCHEDULED
+                self.schedule(job)
+                continue
+            if job.options.priority != priority:
+                priority = job.options.priority
+                line = self.line(priority)
+            assert line is not None
+            if (line.stored and job.seq > line.cursor) or not self._has_room(line):
+                if not line.stored:
+                    line.cursor = job.seq - 1
+                line.stored += 1
+                self.spilled.append(job)
+            else:
+                line.jobs.append(job)
+                self.in_memory += 1
+                self.bytes_in_memory += len(job.arguments)
+
+    def recover(self, ready: dict[int, int], scheduled: int) -> None:
+        """Start on a spool that holds so many ready jobs of each priority, and so many scheduled ones."""
+        for priority, count in ready.items():
+            self.line(priority).stored += count
+        self.scheduled_stored = scheduled
+        if scheduled:
+            self.scheduled_cursor = (-inf, 0)
+
+    def revived(self, ready: dict[int, int], first: int) -> None:
+        """Dead jobs were made ready again in the spool, under seqs from `first` on."""
+        for priority, count in ready.items():
+            line = self.line(priority)
+            if not line.stored:
+                line.cursor = first - 1
+            line.stored += count
+
+    def line(self, priority: int) -> Line:
+        line = self.lines.get(priority)
+        if line is None:
+            self.lines[priority] = line = Line(deque())
+            # kept in order of urgency, so that looking for work is a walk from the front
+            self.lines = dict(sorted(self.lines.items()))
+        return line
+
+    def _has_room(self, line: Line) -> bool:
+        # an empty line may always begin, so that a full window never bars an urgent job
+        return not line.jobs or (
+            self.in_memory < self.window and self.bytes_in_memory < self.window_bytes
+        )
+
+    def schedule(self, job: Job) -> None:
+        """Keep a job until its `ready_at`."""
+        if self.scheduled_stored and (job.ready_at, job.seq) > self.scheduled_cursor:
+            self.scheduled_stored += 1
+            self.spilled.append(job)
+            return
+        heapq.heappush(self.scheduled, (job.ready_at, job.seq, job))
+        if len(self.scheduled) > 2 * self.window:
+            self.scheduled.sort()
+            keep = int(self.window)
+            self.spilled += [job for _, _, job in self.scheduled[keep:]]
+            self.scheduled_stored += len(self.scheduled) - keep
+            del self.scheduled[keep:]
+            self.scheduled_cursor = self.scheduled[-1][:2]
+
+    # --- the window and the spool behind it ---------------------------------------------------------------
+
+    def wanted(self) -> Refill | None:
+        """The next piece of the backlog that should be read from the spool now, if any. Ask until None."""
+        for priority, line in self.lines.items():
+            if line.stored and not line.loading and len(line.jobs) < self.window / 8 and self._has_room(line):
+                line.loading = True
+                return Refill(priority, (0.0, line.cursor), int(self.window / 4))
+        if self.scheduled_stored and not self.scheduled_loading and len(self.scheduled) < self.window / 8:
+            self.scheduled_loading = True
+            return Refill(None, self.scheduled_cursor, int(self.window / 4))
+        return None
+
+    def refilled(self, refill: Refill, jobs: Sequence[Job]) -> None:
+        """Take in what the spool had for `refill`."""
+        if refill.priority is None:
+            self.scheduled_loading = False
+            self.scheduled_stored -= len(jobs)
+            for job in jobs:
+                heapq.heappush(self.scheduled, (job.ready_at, job.seq, job))
+            if jobs:
+                self.scheduled_cursor = (jobs[-1].ready_at, jobs[-1].seq)
+            return
+        line = self.lines[refill.priority]
+        line.loading = False
+        line.stored -= len(jobs)
+        line.jobs.extend(jobs)
+        self.count_in(jobs)
+        if jobs:
+            line.cursor = jobs[-1].seq
+
+    def refill_failed(self, refill: Refill) -> None:
+        """The spool could not be read; `wanted` will ask again."""
+        if refill.priority is None:
+            self.scheduled_loading = False
+        else:
+            self.lines[refill.priority].loading = False
+
+    def withdraw(self, jobs: Iterable[Job]) -> int:
+        """Forget jobs that the spool could not store, if they are here; returns how many were."""
+        gone = {job.seq: job for job in jobs if job.state in (State.READY, State.SCHEDULED)}
+        count = len(gone)
+        for line in self.lines.values():
+            withdrawn = [job for job in line.jobs if job.seq in gone]
+            if withdrawn:
+                line.jobs = deque(job for job in line.jobs if job.seq not in gone)
+                self.count_out(withdrawn)
+                for job in withdrawn:
+                    del gone[job.seq]
+        in_memory = {seq for _, seq, _ in self.scheduled if seq in gone}
+        self.scheduled = [entry for entry in self.scheduled if entry[1] not in in_memory]
+        heapq.heapify(self.scheduled)
+        for job in gone.values():  # what is left was never in memory
+            if job.seq in in_memory:
+                continue
+            if job.state == State.READY:
+                self.lines[job.options.priority].stored -= 1
+            else:
+                self.scheduled_stored -= 1
+        return count
+
+    def count_in(self, jobs: Sequence[Job]) -> None:
+        """These jobs are in a line in memory now."""
+        self.in_memory += len(jobs)
+        self.bytes_in_memory += sum([len(job.arguments) for job in jobs])
+
+    def count_out(self, jobs: Sequence[Job]) -> None:
+        """These jobs have been taken out of their line."""
+        self.in_memory -= len(jobs)
+        self.bytes_in_memory -= sum([len(job.arguments) for job in jobs])
+
+    def promote(self, now: float) -> None:
+        """Move the scheduled jobs that are due to the end of their line, as far as there is room."""
+        while self.scheduled and self.scheduled[0][0] <= now:
+            job = self.scheduled[0][2]
+            line = self.line(job.options.priority)
+            if not self._has_room(line):
+                return
+            heapq.heappop(self.scheduled)
+            job.become(State.READY)
+            line.jobs.append(job)
+            self.count_in([job])
+
+    def next_due(self) -> float | None:
+        """When the next scheduled job should be promoted, if there is one."""
+        return self.scheduled[0][0] if self.scheduled else None
+
+    def put_back(self, jobs: Sequence[Job]) -> None:
+        """Jobs that were taken, and not begun, return to the front of their lines, in order."""
+        for job in reversed(jobs):
+            job.become(State.READY)
+            self.line(job.options.priority).jobs.appendleft(job)
+        self.count_in(jobs)
+
+    def ready_count(self) -> int:
+        """Jobs that wait for a worker, in memory and in the spool; without those handed to workers."""
+        return self.in_memory + sum(line.stored for line in self.lines.values())
+
+    def scheduled_count(self) -> int:
+        """Jobs that wait for their time."""
+        return len(self.scheduled) + self.scheduled_stored
+
+    def oldest_ready(self) -> float | None:
+        """When the job that has waited longest became ready, as far as the heads of the lines tell."""
+        return min((line.jobs[0].ready_at for line in self.lines.values() if line.jobs), default=None)

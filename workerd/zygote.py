@@ -1,0 +1,233 @@
+"""The fork server's process, a zygote: it has imported the user's class, and forks the workers from there.
+
+It has one thread. It reports each worker's start and end; a worker's exit collects the worker's whole process group.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import importlib
+import inspect
+import os
+import select
+import signal
+import socket
+import sys
+from multiprocessing.connection import Connection
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from workerd import worker
+from workerd.claims import Claims
+from workerd.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+MESSAGE_LIMIT = 2**20
+PR_SET_PDEATHSIG = 1
+PR_SET_NAME = 15
+OOM_SCORE = 500  # when memory runs out the kernel ends a worker, never the daemon
+
+
+class Target(msgspec.Struct, frozen=True):
+    """A target as `workerd check` shows it."""
+
+    name: str
+    signature: str
+    doc: str
+
+
+class Spec(msgspec.Struct, frozen=True):
+    """What a fork server imports, and what its workers are told."""
+
+    module: str
+    cls: str
+    path: tuple[str, ...]
+    settings: worker.Settings
+
+
+class Loaded(msgspec.Struct, frozen=True, tag=True):
+    """The class was imported."""
+
+    targets: list[Target]
+
+
+class Unusable(msgspec.Struct, frozen=True, tag=True):
+    """The class could not be imported; `problem` is one line, `traceback` the details for the log."""
+
+    problem: str
+    traceback: str
+
+
+class Started(msgspec.Struct, frozen=True, tag=True):
+    """A worker runs."""
+
+    slot: int
+    pid: int
+
+
+class Exited(msgspec.Struct, frozen=True, tag=True):
+    """A worker is gone: `status` is its exit status, or minus the number of the signal that ended it."""
+
+    slot: int
+    status: int
+
+
+Message = Loaded | Unusable | Started | Exited
+
+
+def main() -> None:
+    """Entry of the fork server's process; arguments as `ForkServer.start` gives them."""
+    fd, claims_fd, parent = map(int, sys.argv[2:5])
+    spec = msgspec.json.decode(sys.argv[5], type=Spec)
+    die_with_parent(parent)
+    name_process("workerd-fork")
+    sys.argv[:] = ["workerd"]
+    sock = socket.socket(fileno=fd)
+    try:
+        attributes = load_class(spec)
+    except ConfigError as error:
+        cause = error.__cause__
+        reply: Message = Unusable(str(error), worker.describe(cause) if cause else "")
+        sock.send(msgspec.json.encode(reply)[:MESSAGE_LIMIT])
+        return
+    sock.send(msgspec.json.encode(Loaded(describe_targets(attributes))))
+    serve(sock, Claims(claims_fd), attributes, spec.settings)
+
+
+def load_class(spec: Spec) -> type:
+    """Import the class; raises ConfigError, with the exception as its cause, when that is not possible."""
+    sys.path[:0] = spec.path
+    where = f"[attributes] class: {spec.module}:{spec.cls}"
+    try:
+        module = importlib.import_module(spec.module)
+    except BaseException as error:
+        if isinstance(error, ModuleNotFoundError) and error.name and f"{spec.module}.".startswith(f"{error.name}."):
+            raise ConfigError(
+                f"{where}: there is no module {error.name!r} on the module path; "
+                f"put its folder into [attributes] path, or install it beside workerd"
+            ) from error
+        raise ConfigError(
+            f"{where}: importing the module raised {type(error).__name__}: {' '.join(str(error).split())}; "
+            f"mend the module, then try `workerd check`"
+        ) from error
+    found: Any = getattr(module, spec.cls, None)
+    if not isinstance(found, type):
+        classes = [name for name, value in vars(module).items() if isinstance(value, type) and not name.startswith("_")]
+        there = f"the module has {', '.join(classes)}" if classes else "the module has no class"
+        raise ConfigError(f"{where}: the module {spec.module!r} has no class {spec.cls!r}; {there}")
+    if not worker.find_targets(found):
+        raise ConfigError(f"{where}: the class has no public method, so there is no target; add one")
+    return found
+
+
+def describe_targets(attributes: type) -> list[Target]:
+    """Name, signature and docstring of each target."""
+    targets = []
+    for name in worker.find_targets(attributes):
+        method = getattr(attributes, name)
+        try:
+            signature = str(inspect.signature(method))
+        except (TypeError, ValueError):
+            signature = "(...)"
+        targets.append(Target(name, signature, inspect.getdoc(method) or ""))
+    return targets
+
+
+def serve(sock: socket.socket, claims: Claims, attributes: object, settings: worker.Settings) -> None:
+    """Fork a worker for each request and report each one's end, until the socket is closed; never returns."""
+    gc.collect()
+    gc.freeze()  # the collector would otherwise write to, and so copy, the pages that workers share
+    children: dict[int, tuple[int, int]] = {}  # pidfd -> slot, pid
+    poll = select.poll()
+    poll.register(sock, select.POLLIN)
+    while True:
+        for fd, _ in poll.poll():
+            if fd != sock.fileno():
+                slot, pid = children.pop(fd)
+                poll.unregister(fd)
+                os.close(fd)
+                _send(sock, Exited(slot, reap(pid)))
+                continue
+            data, fds, _, _ = socket.recv_fds(sock, 64, 2)
+            if not data:
+                os._exit(0)
+            pid = os.fork()
+            if pid == 0:
+                run_worker(int(data), fds, sock, children, claims, attributes, settings)
+            for descriptor in fds:
+                os.close(descriptor)
+            pidfd = os.pidfd_open(pid)
+            children[pidfd] = (int(data), pid)
+            poll.register(pidfd, select.POLLIN)
+            _send(sock, Started(int(data), pid))
+
+
+def _send(sock: socket.socket, message: Message) -> None:
+    with contextlib.suppress(OSError):  # the daemon is gone, and we are about to be
+        sock.send(msgspec.json.encode(message))
+
+
+def reap(pid: int) -> int:
+    """Collect a dead worker; what is left of its process group goes first, while the number is still its own."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(pid, signal.SIGKILL)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def run_worker(
+    slot: int,
+    fds: Sequence[int],
+    sock: socket.socket,
+    siblings: Iterable[int],
+    claims: Claims,
+    attributes: object,
+    settings: worker.Settings,
+) -> None:
+    """Be a worker, in the forked child; never returns."""
+    status = 1
+    try:
+        parent = os.getppid()
+        os.setsid()  # a group of its own, so that one killpg ends its children too
+        die_with_parent(parent)
+        name_process(f"workerd-w{slot}")
+        sock.close()
+        for fd in siblings:
+            os.close(fd)
+        pipe, output = fds
+        if settings.capture:
+            os.dup2(output, 1)
+            os.dup2(output, 2)
+            with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w", encoding="ascii") as file:
+                file.write(str(OOM_SCORE))
+        os.close(output)
+        worker.main(Connection(pipe), claims.slot(slot), attributes, settings)
+        status = 0
+    except SystemExit as end:
+        status = end.code if isinstance(end.code, int) else 1
+    finally:
+        with contextlib.suppress(BaseException):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(status)
+
+
+def die_with_parent(parent: int) -> None:
+    """Be killed by the kernel as soon as `parent`, our parent, is gone (prctl(2))."""
+    prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it went before the kernel knew of our wish
+        os._exit(1)
+
+
+def name_process(name: str) -> None:
+    """The name that ps and top show; at most 15 characters count."""
+    prctl(PR_SET_NAME, name.encode())
+
+
+def prctl(option: int, value: int | bytes) -> None:
+    """prctl(2), which the standard library does not have."""
+    ctypes.CDLL(None).prctl(option, value, 0, 0, 0)
