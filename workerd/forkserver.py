@@ -43,7 +43,6 @@ class ForkServer:
     def __init__(self, sock: socket.socket, process: subprocess.Popen[bytes] | None = None) -> None:
         self.socket = sock
         self.process = process
-        self.gone = False
         self._decode = msgspec.json.Decoder(Message).decode
         sock.setblocking(False)  # noqa: FBT003 - the name of the socket's own method says what it means
 

@@ -1,0 +1,135 @@
+"""What becomes of the jobs that a worker reports, or held when it died; and who is told.
+
+Exactly the job that was running in a dead worker is charged. What it had finished without a report is a success (a
+worker sends all else at once), and what it had not begun goes back to the front of the queue.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any, Protocol
+
+import msgspec
+
+from workerd import worker
+from workerd.claims import DONE, SINCE, STARTED
+
+if TYPE_CHECKING:
+    from workerd.job import Job
+    from workerd.process import WorkerProcess
+    from workerd.queue import JobQueue
+
+CRASHED = msgspec.json.encode(
+    {
+        "type": "WorkerCrashed",
+        "message": "the worker process ended while it ran this job",
+        "traceback": "",
+    }
+)
+KILLED = msgspec.json.encode(
+    {
+        "type": "workerd.JobTimeout",
+        "message": "the job did not end when its timeout ran out, so its worker was killed",
+        "traceback": "",
+    }
+)
+
+
+class Observer(Protocol):
+    """What the pool tells. All calls come from the event loop."""
+
+    def succeeded(self, target: str, jobs: list[Job], durations: list[int], started: int) -> None:
+        """Jobs of one target returned, one after another; nanoseconds, the first began at monotonic `started`."""
+
+    def result(self, job: Job, encoded: bytes, duration: int) -> None:
+        """The result (JSON) of a job that somebody waits for; `succeeded` is called as well."""
+
+    def failed(self, job: Job, reason: str, error: bytes, duration: int) -> None:
+        """A job failed_, timed_out or crashed; its state says whether it is tried again."""
+
+    def output(self, worker: int, level: int, text: str, job: tuple[int, str | None, str] | None) -> None:
+        """A line of a worker's output; `job` is seq, client's id and target."""
+
+    def worker_exited(self, worker: int, reason: str, status: int, job: Job | None) -> None:
+        """A worker is gone; `job` is the one that it took with it."""
+
+    def start_failed(self, worker: int, error: bytes) -> None:
+        """The class could not be instantiated; `error` is JSON."""
+
+    def settled(self) -> None:
+        """The pool has dealt with a message, and dispatched what it could."""
+
+
+class Settler:
+    """Moves reported jobs through the queue and tells the observer."""
+
+    def __init__(self, queue: JobQueue, observer: Observer) -> None:
+        self.queue = queue
+        self.observer = observer
+
+    def outcomes(self, process: WorkerProcess, first: int, started: int, outcomes: list[Any]) -> None:
+        """The worker ran jobs from position `first` on, the first at monotonic nanosecond `started`."""
+        count = len(outcomes)
+        jobs = self.queue.report(process.holder, first, count)
+        process.finished += count
+        process.latest = jobs[-1]
+        special = outcomes.pop() if type(outcomes[-1]) is not int else None
+        if special is None:
+            self._report_plain(jobs, outcomes, started)
+        else:
+            self._report_plain(jobs[:-1], outcomes, started)
+            self._report_special(jobs[-1], special, started + sum(outcomes))
+        if process.revoked_to and first + count >= process.revoked_to:
+            process.revocation_over()
+
+    def _report_plain(self, jobs: list[Job], durations: list[int], started: int) -> None:
+        if not jobs:
+            return
+        self.queue.succeeded(jobs)
+        target = jobs[0].target
+        if all([job.target == target for job in jobs]):
+            self.queue.learn(target, sum(durations) / len(durations) / 1e9)
+            self.observer.succeeded(target, jobs, durations, started)
+            return
+        for job, duration in zip(jobs, durations, strict=True):
+            self.queue.learn(job.target, duration / 1e9)
+            self.observer.succeeded(job.target, [job], [duration], started)
+            started += duration
+
+    def _report_special(self, job: Job, outcome: tuple[int, int, Any], started: int) -> None:
+        duration, kind, payload = outcome
+        if kind == worker.RESULT:
+            job.attempts += 1
+            self._report_plain([job], [duration], started)
+            self.observer.result(job, payload, duration)
+            return
+        self.queue.learn(job.target, duration / 1e9)
+        if kind == worker.UNUSABLE:
+            self.queue.bury(job)
+        else:
+            self.queue.failed(job, time.time())
+        reason = "timed_out" if kind == worker.TIMEOUT else "failed"
+        self.observer.failed(job, reason, payload.encode(), duration)
+
+    def dead(self, process: WorkerProcess, *, charge: bool) -> Job | None:
+        """Settle what a dead worker held; returns the job that it took with it, if one is to be charged."""
+        holder, slot = process.holder, process.slot
+        started, done = slot[STARTED], slot[DONE]
+        # Finished, but not reported any more: plain successes, whose time we estimate.
+        while holder.batches and (count := min(done + 1 - holder.batches[0].first, len(holder.batches[0].jobs))) > 0:
+            batch = holder.batches[0]
+            each = int(batch.cost / max(1, len(batch.jobs)) * 1e9)
+            self._report_plain(self.queue.report(holder, batch.first, count), [each] * count, slot[SINCE])
+        victim: Job | None = None
+        running = holder.batches and started > done and holder.batches[0].first == started
+        if running and charge:
+            victim = self.queue.report(holder, started, 1)[0]
+            duration = max(0, time.monotonic_ns() - slot[SINCE])
+            if process.expired:
+                self.queue.failed(victim, time.time())
+                self.observer.failed(victim, "timed_out", KILLED, duration)
+            else:
+                self.queue.crashed(victim, time.time())
+                self.observer.failed(victim, "crashed", CRASHED, duration)
+        self.queue.release(holder)
+        return victim
