@@ -1,0 +1,296 @@
+"""The pure queue: histories of events as data, with a clock that is a number."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
+
+from workerd.backlog import Backlog, Refill
+from workerd.job import TRANSITIONS, Backoff, IllegalTransition, Job, Options, State
+from workerd.queue import BATCH_SECONDS, Holder, JobQueue
+
+
+def make(seq: int, target: str = "t", *, ready_at: float = 0.0, arguments: bytes = b"null", **options: Any) -> Job:
+    return Job(seq, target, arguments, Options(**options), 0.0, ready_at)
+
+
+def seqs(jobs: list[Job]) -> list[int]:
+    return [job.seq for job in jobs]
+
+
+def quick(queue: JobQueue, *targets: str) -> JobQueue:
+    for target in targets or ("t",):
+        queue.learn(target, 0.000001)
+    return queue
+
+
+def test_first_come_first_served_within_a_priority_and_urgent_first() -> None:
+    """Jobs of one priority run in the order of arrival; a more urgent line is emptied before a less urgent one."""
+    queue = quick(JobQueue())
+    queue.enter([make(1), make(2, priority=5), make(3), make(4, priority=5)], 0.0)
+    holder = Holder()
+    batches = [queue.take(holder), queue.take(holder)]
+    assert [seqs(batch.jobs) for batch in batches if batch] == [[2, 4], [1, 3]]
+
+
+def test_unknown_and_slow_targets_travel_alone_and_quick_ones_together() -> None:
+    """A job that may take long never has another behind it in a worker; jobs known to be quick share a batch."""
+    queue = JobQueue()
+    queue.enter([make(seq) for seq in range(1, 6)], 0.0)
+    holder = Holder()
+    first = queue.take(holder)
+    assert first is not None
+    assert seqs(first.jobs) == [1]
+    assert queue.take(holder) is None  # nothing behind a job of unknown length
+    queue.succeeded(queue.report(holder, 1, 1))
+    quick(queue)
+    second = queue.take(holder)
+    assert second is not None
+    assert seqs(second.jobs) == [2, 3, 4, 5]
+    assert second.first == 2
+
+
+def test_a_slow_job_does_not_join_a_batch_of_quick_ones() -> None:
+    """A batch ends before a slow job, which waits until some worker holds nothing."""
+    queue = quick(JobQueue(), "quick")
+    queue.learn("slow", 10 * BATCH_SECONDS)
+    queue.enter([make(1, "quick"), make(2, "slow"), make(3, "quick")], 0.0)
+    busy, idle = Holder(), Holder()
+    assert (batch := queue.take(busy)) is not None
+    assert seqs(batch.jobs) == [1]
+    assert queue.take(busy) is None
+    assert (batch := queue.take(idle)) is not None
+    assert seqs(batch.jobs) == [2]
+
+
+def test_released_jobs_return_to_the_front_in_order() -> None:
+    """What a worker had not begun runs before what came later, in the old order, and nothing is charged for it."""
+    queue = quick(JobQueue())
+    queue.enter([make(seq) for seq in range(1, 5)], 0.0)
+    holder, other = Holder(), Holder()
+    queue.take(holder)
+    queue.enter([make(5)], 0.0)
+    assert seqs(queue.release(holder, keep=1)) == [2, 3, 4]
+    assert len(holder) == 1
+    batch = queue.take(other)
+    assert batch is not None
+    assert seqs(batch.jobs) == [2, 3, 4, 5]
+    assert all(job.attempts == 0 and job.crashes == 0 for job in batch.jobs)
+
+
+def test_a_failed_job_is_tried_until_its_attempts_are_used_up() -> None:
+    """max_attempts=3: two retries at the time that the backoff names, then dead; crashes are counted apart."""
+    queue = JobQueue()
+    job = make(1, max_attempts=3, max_crashes=2, backoff=Backoff(base=4.0, cap=6.0))
+    queue.enter([job], 100.0)
+    now = 100.0
+    fates = []
+    for _ in range(3):
+        holder = Holder()
+        queue.backlog.promote(now)
+        assert queue.take(holder) is not None
+        queue.report(holder, 1, 1)
+        fates.append((queue.failed(job, now, lambda _low, high: high), job.ready_at - now))
+        now = job.ready_at
+    assert fates == [(State.SCHEDULED, 4.0), (State.SCHEDULED, 6.0), (State.DEAD, 0.0)]
+    assert (job.attempts, job.crashes, queue.total) == (3, 0, 0)
+
+
+def test_a_job_that_kills_its_workers_is_buried_after_max_crashes() -> None:
+    """Crashes are counted apart from attempts: max_attempts=1 does not bury a job that crashed once."""
+    queue = JobQueue()
+    job = make(1, max_crashes=2)
+    queue.enter([job], 0.0)
+    for expected in (State.SCHEDULED, State.DEAD):
+        holder = Holder()
+        queue.backlog.promote(job.ready_at)
+        queue.take(holder)
+        queue.report(holder, 1, 1)
+        assert queue.crashed(job, 0.0, lambda _low, _high: 0.5) is expected
+    assert (job.attempts, job.crashes) == (0, 2)
+
+
+def test_delayed_jobs_wait_for_their_time() -> None:
+    """A scheduled job is not ready a moment early, and next_due names the moment."""
+    queue = quick(JobQueue())
+    queue.enter([make(1, ready_at=10.0), make(2, ready_at=5.0), make(3)], 1.0)
+    assert queue.backlog.next_due() == 5.0
+    queue.backlog.promote(4.999)
+    assert queue.backlog.ready_count() == 1
+    queue.backlog.promote(10.0)
+    batch = queue.take(Holder())
+    assert batch is not None
+    assert seqs(batch.jobs) == [3, 2, 1]
+
+
+def test_limits_and_refused_jobs() -> None:
+    """max_jobs counts all that have not ended; jobs which the spool refused are gone without a trace."""
+    queue = quick(JobQueue(max_jobs=5, window=2))
+    jobs = [make(1), make(2, ready_at=9.0), make(3), make(4)]
+    queue.enter(jobs, 0.0)
+    assert queue.room_for(1)
+    assert not queue.room_for(2)
+    assert seqs(queue.backlog.spilled) == [4]
+    holder = Holder()
+    batch = queue.take(holder, 1)
+    assert batch is not None
+    queue.refused(jobs)  # job 1 is with a worker already: it is left to it
+    assert queue.total == 1
+    assert queue.backlog.ready_count() == queue.backlog.scheduled_count() == 0
+    queue.succeeded(queue.report(holder, 1, 1))
+    assert queue.total == 0
+
+
+def test_illegal_transitions_raise_and_change_nothing() -> None:
+    """The table in job.py is the law."""
+    for old in State:
+        for new in State:
+            job = make(1)
+            job.state = old
+            if new in TRANSITIONS[old]:
+                job.become(new)
+                assert job.state is new
+            else:
+                with pytest.raises(IllegalTransition):
+                    job.become(new)
+                assert job.state is old
+
+
+def test_an_urgent_job_enters_a_full_window() -> None:
+    """A backlog of unimportant jobs that fills the memory does not keep an urgent one out of it."""
+    backlog = Backlog(window=3)
+    backlog.enter([make(seq) for seq in range(1, 6)], 0.0)
+    assert seqs(backlog.spilled) == [4, 5]
+    backlog.enter([make(6, priority=0)], 0.0)
+    assert seqs(list(backlog.lines[0].jobs)) == [6]
+
+
+class Walk(RuleBasedStateMachine):
+    """Random histories against a spool that is a dictionary: nothing lost, nothing doubled, order kept."""
+
+    holders: Bundle[Holder] = Bundle("holders")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.queue = quick(JobQueue(window=6))
+        self.stored: dict[int, Job] = {}  # what a durable spool would have
+        self.alive: set[int] = set()
+        self.seq = 0
+        self.now = 0.0
+        self.with_workers: dict[int, Holder] = {}
+
+    @rule(target=holders)
+    def spawn(self) -> Holder:
+        return Holder()
+
+    @rule(count=st.integers(1, 9), priority=st.sampled_from([0, 100]), delay=st.sampled_from([0, 0, 3]))
+    def submit(self, count: int, priority: int, delay: float) -> None:
+        jobs = []
+        for _ in range(count):
+            self.seq += 1
+            jobs.append(make(self.seq, ready_at=self.now + delay, priority=priority, max_attempts=2))
+        self.alive |= set(seqs(jobs))
+        self.stored |= {job.seq: job for job in jobs}
+        self.queue.enter(jobs, self.now)
+        self._spill_and_refill()
+
+    @rule(holder=holders, most=st.integers(1, 5))
+    def take(self, holder: Holder, most: int) -> None:
+        batch = self.queue.take(holder, most)
+        if batch is None:
+            return
+        for job in batch.jobs:
+            assert job.seq in self.alive
+            assert job.seq not in self.with_workers, "a job is with two workers"
+            self.with_workers[job.seq] = holder
+        if all(job.attempts == 0 for job in batch.jobs):
+            assert len({job.options.priority for job in batch.jobs}) == 1
+        self._spill_and_refill()
+
+    @rule(holder=holders, count=st.integers(1, 5), ok=st.booleans())
+    def report(self, holder: Holder, count: int, ok: bool) -> None:
+        if not holder.batches:
+            return
+        batch = holder.batches[0]
+        jobs = self.queue.report(holder, batch.first, min(count, len(batch.jobs)))
+        for job in jobs:
+            del self.with_workers[job.seq]
+        if ok:
+            self.queue.succeeded(jobs)
+            self.alive -= set(seqs(jobs))
+        else:
+            for job in jobs:
+                if self.queue.failed(job, self.now, lambda _low, high: high) is State.DEAD:
+                    self.alive.discard(job.seq)
+        self._spill_and_refill()
+
+    @rule(holder=consumes(holders), keep=st.integers(0, 3))
+    def die(self, holder: Holder, keep: int) -> None:
+        for part in (keep, 0):
+            for job in self.queue.release(holder, part):
+                del self.with_workers[job.seq]
+        assert not holder.batches
+        self._spill_and_refill()
+
+    @rule(step=st.floats(0.1, 5))
+    def tick(self, step: float) -> None:
+        self.now += step
+        self.queue.backlog.promote(self.now)
+        self._spill_and_refill()
+
+    def _spill_and_refill(self) -> None:
+        backlog = self.queue.backlog
+        backlog.spilled.clear()
+        while (refill := backlog.wanted()) is not None:
+            backlog.refilled(refill, self._read(refill))
+
+    def _read(self, refill: Refill) -> list[Job]:
+        waiting = [job for seq, job in self.stored.items() if seq in self.alive]
+        if refill.priority is None:
+            found = [job for job in waiting if job.state is State.SCHEDULED and (job.ready_at, job.seq) > refill.after]
+            found.sort(key=lambda job: (job.ready_at, job.seq))
+        else:
+            found = [
+                job for job in waiting
+                if job.state is State.READY and job.options.priority == refill.priority and job.seq > refill.after[1]
+            ]  # fmt: skip
+        return found[: max(1, refill.limit)]
+
+    @invariant()
+    def every_job_is_somewhere_once(self) -> None:
+        backlog = self.queue.backlog
+        lines = [job.seq for line in backlog.lines.values() for job in line.jobs]
+        scheduled = [seq for _, seq, _ in backlog.scheduled]
+        here = lines + scheduled + list(self.with_workers)
+        assert len(here) == len(set(here)), "a job is in two places"
+        assert set(here) <= self.alive
+        stored = sum(line.stored for line in backlog.lines.values()) + backlog.scheduled_stored
+        assert len(here) + stored == len(self.alive) == self.queue.total
+        assert backlog.in_memory == len(lines)
+        assert self.queue.held == len(self.with_workers)
+
+    def teardown(self) -> None:
+        """Whatever happened: give a fresh worker everything, and nothing is left."""
+        for _ in range(10_000):
+            if not self.alive:
+                break
+            self.now += 1000.0
+            self.queue.backlog.promote(self.now)
+            self._spill_and_refill()
+            for holder in {id(holder): holder for holder in self.with_workers.values()}.values():
+                for job in self.queue.release(holder):
+                    del self.with_workers[job.seq]
+            holder = Holder()
+            if (batch := self.queue.take(holder)) is not None:
+                jobs = self.queue.report(holder, batch.first, len(batch.jobs))
+                self.queue.succeeded(jobs)
+                self.alive -= set(seqs(jobs))
+        assert not self.alive, "jobs were lost"
+
+
+Walk.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+TestWalk = Walk.TestCase
