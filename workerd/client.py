@@ -82,7 +82,8 @@ class Client:
         """Submit one job and return its id, once the daemon has it safe; also that of a job it knew before.
 
         `options` are the other keys of a job: id, priority, delay, timeout, max_attempts, max_crashes,
-        backoff, and reply="result" when `wait` is to be called for the id. Raises Refusal or UnavailableError.
+        backoff, and reply="result" when `wait` is to be called for the id.
+        Raises Refusal or UnavailableError.
         """
         return self.offer(target, arguments, **options)[0]
 

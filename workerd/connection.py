@@ -22,15 +22,11 @@ def connect(path: str, timeout: float) -> socket.socket:
     """A blocking socket; the daemon has `timeout` seconds to accept it. Raises UnavailableError."""
     address = os.fsencode(path)
     if not 0 < len(address) <= MAX_SOCKET_PATH or 0 in address:
-        raise WorkerdError(
-            f"{shown(path)}: no path of a socket, which is 1 to {MAX_SOCKET_PATH} bytes long; {OTHER}"
-        )
+        raise WorkerdError(f"{shown(path)}: no path of a socket, which is 1 to {MAX_SOCKET_PATH} bytes long; {OTHER}")
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     # not settimeout: a non-blocking connect to a full backlog fails at once instead of waiting for its turn
     seconds = max(timeout, 0.001)
-    sock.setsockopt(
-        socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("@ll", int(seconds), int(seconds % 1 * 1e6))
-    )
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("@ll", int(seconds), int(seconds % 1 * 1e6)))
     try:
         sock.connect(path)
     except OSError as error:

@@ -2,7 +2,7 @@
 
 A file's lines pass through as they are; one decode call checks a whole chunk of them. Replies are matched to
 lines by counting, so a chunk passes only when every line begins with `{` and ends with `}`, and there are as
-many values as lines: since no JSON value has `}` and `{` side by side in it, each line is then just one value.
+many values as lines: since no JSON value has `}` and `{` side by side in it, each line is then one value.
 """
 
 from __future__ import annotations
@@ -219,9 +219,7 @@ def _job(line: bytes, *, wait: bool) -> bytes | Failure:
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         return Failure(code=Code.BAD_JSON, message=f"the line is not valid JSON: {error}")
     if not isinstance(value, dict) or "command" in value:
-        return Failure(
-            code=Code.BAD_REQUEST, message=f"a line must be one job, {EXAMPLE}; got {_kind(value)}"
-        )
+        return Failure(code=Code.BAD_REQUEST, message=f"a line must be one job, {EXAMPLE}; got {_kind(value)}")
     if "target" not in value:
         return Failure(code=Code.BAD_REQUEST, message=f'the job has no "target"; a job is {EXAMPLE}')
     if not wait:

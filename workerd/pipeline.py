@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 
     from workerd.lines import Lines
 
-Numbered = list[tuple[int, bytes]]
-
 WINDOW_JOBS = 65536  # unanswered at any time
 WINDOW_BYTES = 8 << 20
 READ_SIZE = 1 << 18
@@ -69,7 +67,8 @@ class Pipeline:
         self._began = time.monotonic()
         self._trouble_since: float | None = None
         self._again: deque[Block] = deque()  # to be sent (again) before anything else is read
-        self._left: dict[bool, Numbered] = {False: [], True: []}  # for the next connection; True: uncertain
+        # for the next connection; True: uncertain
+        self._left: dict[bool, list[tuple[int, bytes]]] = {False: [], True: []}
         self._open(connect(path, timeout))
 
     def _open(self, sock: socket.socket) -> None:
@@ -168,9 +167,9 @@ class Pipeline:
     def _receive(self) -> None:
         try:
             data = self._sock.recv(READ_SIZE)
+        except BlockingIOError:
+            raise
         except OSError as error:
-            if isinstance(error, BlockingIOError):
-                raise
             raise _LostError(f"the connection was lost: {error.strerror}") from None
         if not data:
             raise _LostError("the daemon closed the connection")

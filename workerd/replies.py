@@ -25,9 +25,7 @@ class Failure(msgspec.Struct, gc=False, kw_only=True):
     def line(self) -> str:
         """What went wrong, in one line (as far as the message is one)."""
         kind = self.code or self.type or self.reason
-        return (
-            f"{kind}: {self.message}" if kind and self.message else kind or self.message or "no reason given"
-        )
+        return f"{kind}: {self.message}" if kind and self.message else kind or self.message or "no reason given"
 
 
 class Reply(msgspec.Struct, gc=False):
