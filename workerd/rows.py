@@ -1,0 +1,184 @@
+"""Jobs as rows of SQLite, a batch of them in one step of one statement.
+
+The threads of the daemon share the interpreter, and every step of a statement gives it away and must win it back.
+So a batch of jobs is one step, in and out. Going in, the numbers of a row are text of fixed width, cut out of
+one parameter by substr(), which on a BLOB costs the same wherever it cuts: this takes half the time of JSON for
+the whole row, and bears any bytes. Coming out, the arguments of all rows are joined to one BLOB.
+"""
+# ruff: noqa: C408, S608 - dict() reads best for a layout; statements are made of constants, and values bound to them
+
+from __future__ import annotations
+
+from functools import lru_cache
+from itertools import accumulate, chain
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from workerd.job import Job, Options, State
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+CHUNK = 8 * 2**20  # bytes of arguments in one statement, more or less
+
+# Times of this century, as floats, are whole numbers of this many ticks a second, so nothing is lost: SQLite
+# itself would not print a float in full.
+TICKS = 2**22
+
+
+def _layout(base: str, fields: Mapping[str, int]) -> tuple[bytes, int, dict[str, str]]:
+    """The format of a record of numbers, its width, and SQL to cut each out of a blob; `base` counts from 1."""
+    starts = accumulate(fields.values(), initial=0)
+    cuts = {
+        name: f"CAST(substr({base} + {start}, {width}) AS INT)"
+        for (name, width), start in zip(fields.items(), starts, strict=False)
+    }
+    return b"".join(b"%%%dd" % width for width in fields.values()), sum(fields.values()), cuts
+
+
+# What many jobs of a batch have in common goes into the data once, as a kind: numbers, target and options.
+ROW_FORMAT, ROW_WIDTH, ROW = _layout(":rows, e.key * 42 + 1", dict(kind=11, start=11, key_size=9, size=11))
+KIND_FORMAT, KIND_WIDTH, KIND = _layout(
+    f":data, {ROW['kind']}",
+    dict(target=9, options=9, priority=4, submitted=20, ready_at=20, state=2, attempts=9, crashes=9),
+)
+_TEXTS = f"{ROW['kind']} + {KIND_WIDTH}"
+INSERT = f"""
+INSERT INTO jobs (seq, key, target, arguments, options, priority, submitted, ready_at, state, attempts, crashes)
+SELECT e.value, nullif(CAST(substr(:data, {ROW["start"]}, {ROW["key_size"]}) AS TEXT), ''),
+    CAST(substr(:data, {_TEXTS}, {KIND["target"]}) AS TEXT),
+    substr(:data, {ROW["start"]} + {ROW["key_size"]}, {ROW["size"]}),
+    CAST(substr(:data, {_TEXTS} + {KIND["target"]}, {KIND["options"]}) AS TEXT), {KIND["priority"]},
+    {KIND["submitted"]} / {TICKS}.0, {KIND["ready_at"]} / {TICKS}.0,
+    {KIND["state"]}, {KIND["attempts"]}, {KIND["crashes"]}
+FROM json_each(:seqs) e WHERE true
+"""
+INSERT_NEW = INSERT + "ON CONFLICT DO NOTHING"
+# the last clause: a key that another job has must not bar all later commits
+UPSERT = f"""{INSERT}
+ON CONFLICT (seq) DO UPDATE SET (ready_at, state, attempts, crashes)
+    = (excluded.ready_at, excluded.state, excluded.attempts, excluded.crashes)
+ON CONFLICT DO NOTHING
+"""
+LISTED = "IN (SELECT value FROM json_each(:seqs))"
+SUCCEED = """
+UPDATE jobs SET state = 3, ended = e.value ->> 1, arguments = NULL, error = NULL
+FROM json_each(:rows) e WHERE jobs.seq = e.value ->> 0
+"""
+BURY = """
+UPDATE jobs SET state = 4, error = CAST(e.value ->> 1 AS BLOB), ended = e.value ->> 2
+FROM json_each(:rows) e WHERE jobs.seq = e.value ->> 0
+"""
+LOAD = f"""
+SELECT json_group_array(json_array(seq, key, target, options, CAST(submitted * {TICKS} AS INT),
+        CAST(ready_at * {TICKS} AS INT), state, attempts, crashes, CAST(coalesce(ended, 0) * {TICKS} AS INT),
+        coalesce(length(arguments), 0), coalesce(length(error), 0))),
+    CAST(group_concat(CAST(arguments AS TEXT), '') AS BLOB), CAST(group_concat(CAST(error AS TEXT), '') AS BLOB)
+FROM jobs WHERE seq {LISTED}
+"""
+PEEK = "SELECT json_group_array(json_array(seq, size)) FROM (SELECT seq, length(arguments) AS size FROM jobs "
+PEEK_READY = f"{PEEK} WHERE state = 0 AND priority = ? AND seq > ? ORDER BY seq LIMIT ?)"
+PEEK_SCHEDULED = f"{PEEK} WHERE state = 1 AND (ready_at, seq) > (?, ?) ORDER BY ready_at, seq LIMIT ?)"
+PEEK_DEAD = f"{PEEK} WHERE state = 4 AND seq > :after AND target = coalesce(:target, target) ORDER BY seq LIMIT :limit)"
+# A job that the daemon had named is given that name as its key, unless a client has taken it.
+REVIVE = """
+UPDATE jobs SET (seq, key, ready_at, state, attempts, crashes, error, ended)
+    = (n.seq, n.key, coalesce(:now, jobs.ready_at), 0, 0, 0, NULL, NULL)
+FROM (
+    SELECT seq AS old, :first + row_number() OVER (ORDER BY seq) - 1 AS seq, coalesce(key, (
+        SELECT name FROM (SELECT :prefix || printf('%x', d.seq) AS name)
+        WHERE NOT EXISTS (SELECT 1 FROM jobs o WHERE o.key = name)
+    )) AS key FROM jobs d WHERE state = 4 AND {chosen} ORDER BY d.seq LIMIT :limit
+) n WHERE jobs.seq = n.old
+"""
+
+
+class DeadJob(msgspec.Struct, frozen=True):
+    """A job with the error (JSON) that it died of, and when."""
+
+    job: Job
+    error: bytes
+    ended: float
+
+
+def as_json(value: object) -> str:
+    """The text that json_each() takes."""
+    return msgspec.json.encode(value).decode()
+
+
+def packed(jobs: Sequence[Job]) -> Iterator[dict[str, object]]:
+    """The parameters of INSERT and its variants; more than one set of them if the arguments are many bytes."""
+    at = 0
+    while at < len(jobs):
+        end = size = 0
+        for end in range(at, len(jobs)):
+            size += len(jobs[end].arguments)
+            if size > CHUNK:
+                break
+        yield _pack(jobs[at : end + 1])
+        at = end + 1
+
+
+def _pack(jobs: Sequence[Job]) -> dict[str, object]:
+    kinds: dict[tuple[object, ...], int] = {}
+    data: list[bytes] = []
+    records: list[tuple[int, int, int, int]] = []
+    at = 1
+    for job in jobs:
+        options, ready_at = job.options, job.ready_at
+        common = (job.target, id(options), job.submitted, ready_at, job.attempts, job.crashes)
+        kind = kinds.get(common)
+        if kind is None:
+            kinds[common] = kind = at
+            record = _kind(job)
+            data.append(record)
+            at += len(record)
+        key = job.key.encode() if job.key else b""
+        data += (key, job.arguments)
+        records.append((kind, at, len(key), len(job.arguments)))
+        at += len(key) + len(job.arguments)
+    numbers = ROW_FORMAT * len(records) % tuple(chain.from_iterable(records))
+    assert len(numbers) == ROW_WIDTH * len(records)
+    return {"data": b"".join(data), "rows": numbers, "seqs": as_json([job.seq for job in jobs])}
+
+
+def _kind(job: Job) -> bytes:
+    target, options = job.target.encode(), _options_text(job.options).encode()
+    # Not job.state, which goes on changing in another thread. What was ever delayed is scheduled on the disk until
+    # it ends: were it ready there, it would be read once more as part of the backlog behind it.
+    state = State.SCHEDULED if job.ready_at > job.submitted else State.READY
+    numbers = KIND_FORMAT % (
+        len(target), len(options), job.options.priority, int(job.submitted * TICKS), int(job.ready_at * TICKS),
+        state, job.attempts, job.crashes,
+    )  # fmt: skip
+    assert len(numbers) == KIND_WIDTH
+    return numbers + target + options
+
+
+def unpacked(row: tuple[str, bytes, bytes], seqs: Sequence[int]) -> list[DeadJob]:
+    """The jobs of what LOAD returned, in the order of `seqs`; those that live have an empty error."""
+    columns, arguments, errors = row
+    found: dict[int, DeadJob] = {}
+    at = error_at = 0
+    for column in msgspec.json.decode(columns):
+        seq, key, target, options, submitted, ready_at, state, attempts, crashes, ended, size, error_size = column
+        job = Job(
+            seq, target, arguments[at : at + size], _options(options), submitted / TICKS, ready_at / TICKS,
+            key, attempts, crashes, State(state), stored=True,
+        )  # fmt: skip
+        error = errors[error_at : error_at + error_size] if error_size else b""
+        found[seq] = DeadJob(job, error, ended / TICKS)
+        at += size
+        error_at += error_size
+    return [found[seq] for seq in seqs]
+
+
+@lru_cache(maxsize=1024)
+def _options(text: str) -> Options:
+    return msgspec.json.decode(text, type=Options)
+
+
+@lru_cache(maxsize=1024)
+def _options_text(options: Options) -> str:
+    return as_json(options)

@@ -1,0 +1,290 @@
+"""The spool: every accepted job that has not ended, the dead ones, and the ids that clients gave, in SQLite.
+
+Methods block and are called from one thread; `size`, `identity` and `first_seq` may be read from any. All raise
+SpoolError, after which nothing of the call has happened and the next may be tried. No policy is decided here.
+"""
+# ruff: noqa: S608 - statements are made of constants, and values bound to them
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sqlite3
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from workerd import rows
+from workerd.errors import SpoolError
+from workerd.job import Job
+from workerd.rows import DeadJob, as_json, packed, unpacked
+from workerd.spoolfile import check, connect, create, explained, lock, sync_folder
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+    from pathlib import Path
+
+__all__ = ["Changes", "Committed", "Counts", "DeadJob", "Spool"]
+
+EPOCH_BITS = 40  # the seqs of one opening
+PURGE_ROWS = 10_000
+VACUUM_PAGES = 4096
+
+
+class Changes(msgspec.Struct):
+    """One transaction's worth, applied in this order. A job may be in several lists."""
+
+    inserts: list[Job] = []  # new, without a client's id
+    keyed: list[Job] = []  # with one; not stored if the id is known
+    updates: list[Job] = []  # new numbers of attempts and crashes, new ready_at; inserted if they are not there
+    buried: list[tuple[Job, bytes, float]] = []  # (job, error as JSON, ended); inserted if they are not there
+    succeeded: list[tuple[int, float]] = []  # (seq, ended) of jobs with a client's id, which stays known
+    deletes: list[int] = []  # seqs of jobs that are over without a trace
+
+    def __bool__(self) -> bool:
+        return any((self.inserts, self.keyed, self.updates, self.buried, self.succeeded, self.deletes))
+
+
+class Committed(msgspec.Struct, frozen=True):
+    """`new`: the seqs of those keyed jobs that were stored; the ids of the others were known."""
+
+    new: frozenset[int]
+
+
+class Counts(msgspec.Struct, frozen=True):
+    """What the spool holds: ready jobs of each priority, and when the oldest of them was submitted."""
+
+    ready: dict[int, int]
+    scheduled: int
+    dead: int
+    oldest_ready: float | None
+    next_scheduled: float | None
+
+
+class Spool:
+    """An open spool; `Spool.open` makes one. `lock_fd` (-1 in memory) keeps the lock as long as anybody has it."""
+
+    def __init__(self, db: sqlite3.Connection, path: Path | None, lock_fd: int) -> None:
+        self.lock_fd = lock_fd
+        self._db = db
+        self._path = path
+        self._memory_bytes = 0
+        empty = check(db, path)
+        with self._transaction():
+            if empty:
+                create(db)
+            db.execute("UPDATE meta SET value = value + 1 WHERE name = 'epoch'")
+            meta = dict(db.execute("SELECT name, value FROM meta").fetchall())
+        self.identity: str = meta["identity"]
+        self.first_seq: int = (meta["epoch"] << EPOCH_BITS) + 1
+
+    @classmethod
+    def open(cls, path: Path | None) -> Spool:
+        """Open the file, or make it, and its folder, readable by this user only; None: in memory."""
+        if path is None:
+            return cls(connect(":memory:"), None, -1)
+        try:
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            lock_fd = lock(path)
+        except OSError as error:
+            raise SpoolError(f"the spool {path} cannot be opened: {error.strerror}: {error.filename}") from error
+        db = None
+        try:
+            os.close(os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600))
+            db = connect(str(path))
+            spool = cls(db, path, lock_fd)
+            sync_folder(path)
+        except BaseException as error:
+            if db is not None:
+                db.close()
+            os.close(lock_fd)
+            if isinstance(error, sqlite3.Error | OSError):
+                raise explained(path, error) from error
+            raise
+        return spool
+
+    def close(self) -> None:
+        """Fold the log into the file, and give the lock back."""
+        with contextlib.suppress(sqlite3.Error):
+            self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+        self._db.close()
+        if self.lock_fd >= 0:
+            os.close(self.lock_fd)
+            self.lock_fd = -1
+
+    def size(self) -> int:
+        """Bytes on the disk, or in memory."""
+        if self._path is None:
+            return self._memory_bytes
+        total = 0
+        for suffix in ("", "-wal"):
+            with contextlib.suppress(OSError):
+                total += os.stat(f"{self._path}{suffix}").st_size
+        return total
+
+    def seq_of(self, job_id: str) -> int | None:
+        """The seq in an id that the daemon gave; None for any other id."""
+        prefix, _, digits = job_id.rpartition("-")
+        with contextlib.suppress(ValueError):
+            if prefix == self.identity and f"{(seq := int(digits, 16)):x}" == digits:
+                return seq
+        return None
+
+    # --- jobs ---------------------------------------------------------------------------------------------
+
+    def commit(self, changes: Changes) -> Committed:
+        """Make the changes durable, all or none."""
+        new: frozenset[int] = frozenset()
+        with self._transaction():
+            self._insert(rows.INSERT, changes.inserts)
+            if changes.keyed:
+                seqs = [job.seq for job in changes.keyed]
+                if self._insert(rows.INSERT_NEW, changes.keyed) < len(seqs):
+                    seqs = self._seqs(f"SELECT seq FROM jobs WHERE seq {rows.LISTED}", {"seqs": as_json(seqs)})
+                new = frozenset(seqs)
+            self._insert(rows.UPSERT, changes.updates)
+            self._insert(rows.UPSERT, [job for job, _, _ in changes.buried])
+            if changes.buried:
+                graves = [(job.seq, error.decode(errors="replace"), ended) for job, error, ended in changes.buried]
+                self._db.execute(rows.BURY, {"rows": as_json(graves)})
+            if changes.succeeded:
+                self._db.execute(rows.SUCCEED, {"rows": as_json(changes.succeeded)})
+            if changes.deletes:
+                self._db.execute(f"DELETE FROM jobs WHERE seq {rows.LISTED}", {"seqs": as_json(changes.deletes)})
+        return Committed(new)
+
+    def counts(self) -> Counts:
+        """Count everything; reads indexes only, about a tenth of a second for a million jobs."""
+        with self._reading():
+            lines = self._db.execute(
+                "SELECT priority, count(*), min(seq) FROM jobs WHERE state = 0 GROUP BY priority"
+            ).fetchall()
+            first = {"seqs": as_json([seq for _, _, seq in lines])}
+            return Counts(
+                ready={priority: count for priority, count, _ in lines},
+                scheduled=self._one("SELECT count(*) FROM jobs WHERE state = 1"),
+                dead=self._one("SELECT count(*) FROM jobs WHERE state = 4"),
+                oldest_ready=self._one(f"SELECT min(submitted) FROM jobs WHERE seq {rows.LISTED}", first),
+                next_scheduled=self._one("SELECT min(ready_at) FROM jobs WHERE state = 1"),
+            )
+
+    def refill_ready(self, priority: int, after_seq: int, limit: int, max_bytes: int) -> list[Job]:
+        """The next ready jobs by seq; the last is the one whose arguments pass `max_bytes`, if one does."""
+        with self._reading():
+            return self._refill(self._one(rows.PEEK_READY, (priority, after_seq, limit)), max_bytes)
+
+    def refill_scheduled(self, after: tuple[float, int], limit: int, max_bytes: int) -> list[Job]:
+        """The next scheduled jobs by (ready_at, seq), bounded likewise."""
+        with self._reading():
+            return self._refill(self._one(rows.PEEK_SCHEDULED, (*after, limit)), max_bytes)
+
+    def charge_crashes(self, seqs: Sequence[int]) -> list[Job]:
+        """Count a crash against each of these that is ready or scheduled; returns those."""
+        with self._transaction():
+            waiting = f"SELECT seq FROM jobs WHERE state IN (0, 1) AND seq {rows.LISTED}"
+            seqs = self._seqs(waiting, {"seqs": as_json(seqs)})
+            self._db.execute(f"UPDATE jobs SET crashes = crashes + 1 WHERE seq {rows.LISTED}", {"seqs": as_json(seqs)})
+            return [dead.job for dead in self._load(seqs)]
+
+    # --- dead jobs ----------------------------------------------------------------------------------------
+    # A selection is a mapping of which one is looked at: `id`, else `target`, else all there are.
+
+    def dead(self, after_seq: int, limit: int, target: str | None) -> tuple[list[DeadJob], int]:
+        """A page of the dead jobs (of a target) by seq, and how many there are in all."""
+        with self._reading():
+            where = {"after": after_seq, "limit": limit, "target": target}
+            page = [seq for seq, _ in msgspec.json.decode(self._one(rows.PEEK_DEAD, where))]
+            counted = "SELECT count(*) FROM jobs WHERE state = 4"
+            return self._load(page), self._one(counted + " AND target = :target" if target else counted, where)
+
+    def find_dead(self, job_id: str) -> DeadJob | None:
+        """The dead job with this id, the client's or the daemon's."""
+        chosen, values = self._chosen({"id": job_id})
+        with self._reading():
+            found = self._load(self._seqs(f"SELECT seq FROM jobs WHERE state = 4 AND {chosen}", values))
+            return found[0] if found else None
+
+    def revive(
+        self, selection: Mapping[str, Any], first: int, *, limit: int = -1, now: float | None = None
+    ) -> dict[int, int]:
+        """Make dead jobs ready, `limit` at most, with seqs from `first` on in their old order; ids stay.
+
+        All start anew: no attempts, no crashes, ready since `now`. Returns how many there are of each priority.
+        """
+        chosen, values = self._chosen(selection)
+        values |= {"first": first, "limit": limit, "now": now, "prefix": f"{self.identity}-"}
+        with self._transaction():
+            values["last"] = first + self._db.execute(rows.REVIVE.format(chosen=chosen), values).rowcount - 1
+            counted = "SELECT priority, count(*) FROM jobs WHERE seq BETWEEN :first AND :last GROUP BY priority"
+            return dict(self._db.execute(counted, values).fetchall())
+
+    def delete_dead(self, selection: Mapping[str, Any], now: float) -> int:
+        """Delete dead jobs; an id that a client gave stays known. Returns how many."""
+        chosen, values = self._chosen(selection)
+        values["now"] = now
+        kept = "UPDATE jobs SET state = 3, ended = :now, arguments = NULL, error = NULL"
+        with self._transaction():
+            gone = self._db.execute(f"DELETE FROM jobs WHERE state = 4 AND key IS NULL AND {chosen}", values)
+            kept_ids = self._db.execute(f"{kept} WHERE state = 4 AND {chosen}", values)
+            return gone.rowcount + kept_ids.rowcount
+
+    def purge(self, before: float) -> int:
+        """Forget ids of jobs that ended earlier, so many at a time; returns how many: call again until 0."""
+        old = f"SELECT seq FROM jobs WHERE state = 3 AND ended < ? ORDER BY ended LIMIT {PURGE_ROWS}"
+        with self._transaction():
+            purged = self._db.execute(f"DELETE FROM jobs WHERE seq IN ({old})", (before,)).rowcount
+        with self._reading():
+            free, pages = self._one("PRAGMA freelist_count"), self._one("PRAGMA page_count")
+            if free > max(VACUUM_PAGES, pages // 2):
+                self._db.execute(f"PRAGMA incremental_vacuum({VACUUM_PAGES})").fetchall()
+        return purged
+
+    # --- inside -------------------------------------------------------------------------------------------
+
+    def _one(self, sql: str, values: Any = ()) -> Any:
+        return self._db.execute(sql, values).fetchone()[0]
+
+    def _seqs(self, sql: str, values: Mapping[str, Any]) -> list[int]:
+        found: list[int] = msgspec.json.decode(self._one(f"SELECT json_group_array(seq) FROM ({sql})", values))
+        return found
+
+    def _insert(self, sql: str, jobs: Sequence[Job]) -> int:
+        return sum(self._db.execute(sql, values).rowcount for values in packed(jobs))
+
+    def _refill(self, peeked: str, max_bytes: int) -> list[Job]:
+        sizes = msgspec.json.decode(peeked, type=list[tuple[int, int]])
+        before = accumulate((size for _, size in sizes), initial=0)
+        seqs = [seq for (seq, _), total in zip(sizes, before, strict=False) if total <= max_bytes]
+        return [dead.job for dead in self._load(seqs)]
+
+    def _load(self, seqs: Sequence[int]) -> list[DeadJob]:
+        return unpacked(self._db.execute(rows.LOAD, {"seqs": as_json(seqs)}).fetchone(), seqs)
+
+    def _chosen(self, selection: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+        if (job_id := selection.get("id")) is not None:
+            return "(key = :id OR (key IS NULL AND seq = :seq))", {"id": job_id, "seq": self.seq_of(job_id)}
+        if (target := selection.get("target")) is not None:
+            return "target = :target", {"target": target}
+        return "true", {}
+
+    @contextlib.contextmanager
+    def _reading(self) -> Iterator[None]:
+        try:
+            yield
+        except (sqlite3.Error, OSError) as error:
+            raise explained(self._path, error) from error
+
+    @contextlib.contextmanager
+    def _transaction(self) -> Iterator[None]:
+        with self._reading():
+            try:
+                self._db.execute("BEGIN IMMEDIATE")
+                yield
+                self._db.execute("COMMIT")
+            finally:
+                if self._db.in_transaction:
+                    with contextlib.suppress(sqlite3.Error):
+                        self._db.execute("ROLLBACK")
+            if self._path is None:
+                self._memory_bytes = self._one("PRAGMA page_count") * self._one("PRAGMA page_size")

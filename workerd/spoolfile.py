@@ -1,0 +1,130 @@
+"""The file behind the spool: its lock, its settings, whether it is ours, and what to tell a person when it fails."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import secrets
+import sqlite3
+from typing import TYPE_CHECKING
+
+from workerd.errors import SpoolError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+APPLICATION_ID = 0x776B7264  # "wkrd"
+VERSION = 1  # of the schema, as PRAGMA user_version
+
+# READY, SCHEDULED, SUCCEEDED and DEAD, as numbers: a partial index serves only a condition that it can read.
+# RUNNING is never stored. SUCCEEDED is the memory of an id that a client gave; its arguments are gone.
+SCHEMA = """
+CREATE TABLE meta (name TEXT PRIMARY KEY, value) WITHOUT ROWID;
+CREATE TABLE jobs (
+    seq INTEGER PRIMARY KEY, key TEXT, target TEXT NOT NULL, options TEXT NOT NULL, priority INT NOT NULL,
+    submitted REAL NOT NULL, ready_at REAL NOT NULL, state INT NOT NULL, attempts INT NOT NULL,
+    crashes INT NOT NULL, ended REAL, error BLOB, arguments BLOB -- last: to read past a long value is slow
+);
+CREATE UNIQUE INDEX keys ON jobs (key) WHERE key IS NOT NULL;
+CREATE INDEX ready ON jobs (priority, seq) WHERE state = 0;
+CREATE INDEX scheduled ON jobs (ready_at, seq) WHERE state = 1;
+CREATE INDEX ended ON jobs (ended) WHERE state = 3;
+CREATE INDEX dead ON jobs (seq) WHERE state = 4;
+"""
+
+SETTINGS = (
+    "synchronous = FULL",
+    "cache_size = -16384",  # KiB
+    "wal_autocheckpoint = 4096",  # pages; a job that ends soon never leaves the log
+    "journal_size_limit = 33554432",
+    "secure_delete = OFF",  # else deleting writes zeros over all that is freed
+)
+
+REMEDIES = {
+    "SQLITE_FULL": "no space is left for it; free some, or raise the quota",
+    "SQLITE_READONLY": "it cannot be written; see its owner and mode, and how its filesystem is mounted",
+    "SQLITE_IOERR": "the disk refuses to work; see the kernel's log",
+    "SQLITE_CANTOPEN": "it cannot be opened; see the owner and mode of its folder",
+    "SQLITE_BUSY": "another program holds a lock on it; end that program",
+    "SQLITE_NOTADB": "it is no spool; move it away, or set another [spool] path",
+    "SQLITE_CORRUPT": "it is damaged; move it away, and use `sqlite3 FILE .recover` on it to save what is left",
+}
+
+
+def lock(path: Path) -> int:
+    """A descriptor that holds the lock beside the file; raises SpoolError if another daemon has it, or OSError."""
+    # not on the file itself: SQLite loses its own locks when any descriptor of the file is closed
+    fd = os.open(f"{path}.lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        pid = os.pread(fd, 32, 0).decode(errors="replace").strip() or "unknown"
+        os.close(fd)
+        raise SpoolError(
+            f"the spool {path} is in use by another workerd (pid {pid}); stop that one, or set another [spool] path"
+        ) from error
+    except OSError:
+        os.close(fd)
+        raise
+    # to name ourselves is a courtesy: a full disk must not keep a daemon from its jobs
+    with contextlib.suppress(OSError):
+        os.ftruncate(fd, 0)
+        os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
+    return fd
+
+
+def connect(path: str) -> sqlite3.Connection:
+    """A connection on which transactions are begun and ended by us alone."""
+    return sqlite3.connect(path, timeout=1.0, isolation_level=None, check_same_thread=False, cached_statements=64)
+
+
+def check(db: sqlite3.Connection, path: Path | None) -> bool:
+    """Refuse what is not ours, before anything in it is changed; else apply the settings. True if it is empty."""
+    owner, version, tables = db.execute(
+        "SELECT (SELECT application_id FROM pragma_application_id), (SELECT user_version FROM pragma_user_version),"
+        " (SELECT count(*) FROM sqlite_schema)"
+    ).fetchone()
+    if owner != APPLICATION_ID and (owner or version or tables):
+        raise SpoolError(
+            f"the spool {path} is a database of another program (application_id {owner:#x}); "
+            "move it away, or set another [spool] path"
+        )
+    if version > VERSION:
+        raise SpoolError(
+            f"the spool {path} was written by a newer workerd (schema {version}, this one knows {VERSION}); "
+            "install that version again, or set another [spool] path"
+        )
+    if not tables:
+        db.execute("PRAGMA auto_vacuum = INCREMENTAL")
+    db.execute("PRAGMA journal_mode = WAL").fetchall()
+    for setting in SETTINGS:
+        db.execute(f"PRAGMA {setting}").fetchall()
+    return not tables
+
+
+def create(db: sqlite3.Connection) -> None:
+    """Make the tables and the identity, within the caller's transaction."""
+    for statement in SCHEMA.split(";"):
+        db.execute(statement)
+    db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+    db.execute(f"PRAGMA user_version = {VERSION}")
+    identity = "".join(secrets.choice("abcdefghijklmnopqrstuvwxyz234567") for _ in range(10))
+    db.execute("INSERT INTO meta VALUES ('identity', ?), ('epoch', 0)", (identity,))
+
+
+def sync_folder(path: Path) -> None:
+    """Make the names of new files durable."""
+    fd = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def explained(path: Path | None, error: sqlite3.Error | OSError) -> SpoolError:
+    """The error as one line that says what to do."""
+    name = getattr(error, "sqlite_errorname", None) or ""
+    remedy = next((text for prefix, text in REMEDIES.items() if name.startswith(prefix)), "")
+    where = f"the spool {path}" if path else "the spool in memory"
+    return SpoolError(f"{where}: {error}{f' ({name})' if name else ''}{f': {remedy}' if remedy else ''}")
