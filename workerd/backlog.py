@@ -101,9 +101,7 @@ class Backlog:
 
     def _has_room(self, line: Line) -> bool:
         # an empty line may always begin, so that a full window never bars an urgent job
-        return not line.jobs or (
-            self.in_memory < self.window and self.bytes_in_memory < self.window_bytes
-        )
+        return not line.jobs or (self.in_memory < self.window and self.bytes_in_memory < self.window_bytes)
 
     def schedule(self, job: Job) -> None:
         """Keep a job until its `ready_at`."""

@@ -13,7 +13,7 @@ from workerd.errors import Code, SpoolError
 from workerd.process import Phase
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine
+    from collections.abc import Callable
 
     from workerd.config import Config
     from workerd.engine import Engine
@@ -137,7 +137,11 @@ class Control:
         if request.id is not None and not jobs:
             return None
         more = len(jobs) == request.limit
-        return {"jobs": [self._dead_job(dead) for dead in jobs], "next": jobs[-1].job.seq if more else None, "total": total}
+        return {
+            "jobs": [self._dead_job(dead) for dead in jobs],
+            "next": jobs[-1].job.seq if more else None,
+            "total": total,
+        }
 
     def _dead_job(self, dead: DeadJob) -> dict[str, Any]:
         job = dead.job

@@ -15,6 +15,7 @@ import msgspec
 from msgspec import UNSET
 
 from workerd import protocol
+from workerd.answer import Answer
 from workerd.errors import Code, SpoolError
 from workerd.job import Job, Options, State
 
@@ -39,16 +40,14 @@ DRAINING = "the daemon is stopping; send the job again when it is back"
 
 
 class Engine:
-    """Implements the pool's Observer. `prefix` is what the ids of this spool begin with."""
+    """Implements the pool's Observer. `durable`: an acknowledgement waits for the disk."""
 
-    def __init__(
-        self, queue: JobQueue, writer: Writer, metrics: Metrics, prefix: str, first_seq: int, *, durable: bool
-    ) -> None:
+    def __init__(self, queue: JobQueue, writer: Writer, metrics: Metrics, spool: Spool, *, durable: bool) -> None:
         self.queue = queue
         self.writer = writer
         self.metrics = metrics
-        self.prefix = prefix
-        self.next_seq = first_seq
+        self.prefix = f"{spool.identity}-"  # what the ids of this spool begin with
+        self.next_seq = spool.first_seq
         self.durable = durable
         self.defaults: dict[str, Options] = {}  # of each target
         self.draining = False
@@ -167,14 +166,18 @@ class Engine:
             wait = job.ready_at - time.time()
             log.warning(
                 "%s, to be run again in %.1f s: %s",
-                summary(reason, job, details), max(0.0, wait), details["message"],
+                summary(reason, job, details),
+                max(0.0, wait),
+                details["message"],
                 extra={**about, "event": "job_retried"},
             )
             return
         self.bury(job, details)
         log.error(
             "%s, dead: %s\n%s",
-            summary(reason, job, details), details["message"], details["traceback"],
+            summary(reason, job, details),
+            details["message"],
+            details["traceback"],
             extra={**about, "event": "job_dead"},
         )
 
@@ -184,8 +187,11 @@ class Engine:
         self.metrics.finished(job.target, details["reason"], 1)
         self.writer.changes.buried.append((job, msgspec.json.encode(details), time.time()))
         fields = {
-            "id": self.job_id(job.seq, job.key), "status": "dead", "error": details,
-            "attempts": job.attempts, "crashes": job.crashes,
+            "id": self.job_id(job.seq, job.key),
+            "status": "dead",
+            "error": details,
+            "attempts": job.attempts,
+            "crashes": job.crashes,
         }
         self._tell(job, protocol.reply(fields))
 
@@ -215,7 +221,10 @@ class Engine:
         details = msgspec.json.decode(error)
         log.error(
             "worker %d could not make an instance of the class: %s: %s\n%s",
-            worker, details["type"], details["message"], details["traceback"],
+            worker,
+            details["type"],
+            details["message"],
+            details["traceback"],
             extra={"worker": worker, "event": "worker_exited"},
         )
 
@@ -256,73 +265,3 @@ def summary(reason: str, job: Job, details: dict[str, str]) -> str:
         return f"crashed its worker (crash {job.crashes} of {job.options.max_crashes})"
     how = "timed out" if reason == "timed_out" else f"raised {details['type']}"
     return f"{how} (attempt {job.attempts} of {job.options.max_attempts})"
-
-
-class Answer:
-    """What a chunk of jobs will be answered with: a job, or a refusal, for each line."""
-
-    def __init__(self, engine: Engine, reply: Reply, *, batch: bool) -> None:
-        self.engine = engine
-        self.reply = reply
-        self.batch = batch
-        self.entries: list[Job | bytes] = []
-        self.keyed: list[Job] = []
-
-    def refuse_all(self, requests: list[protocol.JobRequest], code: Code, message: str) -> None:
-        """No job of these is accepted."""
-        self.engine.metrics.rejected(code, len(requests))
-        if self.batch:
-            self.reply.complete(protocol.refusal(code, message))
-            return
-        ids = [None if request.id is UNSET else request.id for request in requests]
-        self.reply.complete(b"".join([protocol.refusal(code, message, job_id) for job_id in ids]))
-
-    def committed(self, committed: Committed) -> None:
-        """The writer: what was to be stored is stored."""
-        for job in self.keyed:
-            if job.seq not in committed.new and job.waiter is not None:
-                job.waiter = None
-                self.reply.connection.await_result(-1)
-        self.accept(committed.new)
-        if self.keyed:
-            self.engine.enter([job for job in self.keyed if job.seq in committed.new], time.time())
-
-    def accept(self, new: frozenset[int] | set[int]) -> None:
-        """Send the acknowledgements; a job with a client's id that is not in `new` is a duplicate."""
-        prefix = self.engine.prefix
-        lines = [
-            entry.decode().rstrip() if isinstance(entry, bytes)
-            else f'{{"id":"{prefix}{entry.seq:x}","status":"accepted"}}' if entry.key is None
-            else f'{{"id":{protocol.quoted(entry.key)},"status":"{"accepted" if entry.seq in new else "duplicate"}"}}'
-            for entry in self.entries
-        ]
-        text = f"[{','.join(lines)}]\n" if self.batch else "\n".join(lines) + "\n"
-        self.reply.complete(text.encode())
-
-    def refused(self, error: SpoolError) -> None:
-        """The writer: nothing was stored. A job that has ended all the same is truly accepted."""
-        message = f"the job could not be stored, so it is not accepted: {error}"
-        ended = (State.SUCCEEDED, State.DEAD)
-        jobs = [entry for entry in self.entries if not isinstance(entry, bytes)]
-        lost = [job for job in jobs if job.key is not None or job.state not in ended]
-        if not lost:
-            self.accept(frozenset())
-            return
-        self.engine.metrics.rejected(Code.SPOOL_FAILED, len(lost))
-        for job in lost:
-            if job.waiter is not None:
-                job.waiter = None
-                self.reply.connection.await_result(-1)
-        self.engine.queue.refused([job for job in lost if job.key is None])
-        if self.batch:
-            self.reply.complete(protocol.refusal(Code.SPOOL_FAILED, message))
-            return
-        prefix = self.engine.prefix
-        gone = {job.seq for job in lost}
-        lines = [
-            entry if isinstance(entry, bytes)
-            else protocol.refusal(Code.SPOOL_FAILED, message, entry.key) if entry.seq in gone
-            else f'{{"id":"{prefix}{entry.seq:x}","status":"accepted"}}\n'.encode()
-            for entry in self.entries
-        ]
-        self.reply.complete(b"".join(lines))

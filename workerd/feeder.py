@@ -15,7 +15,7 @@ import os
 import socket
 import stat
 from collections import deque
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from workerd import protocol
 from workerd.errors import Code, ConfigError, WorkerdError
@@ -71,8 +71,7 @@ class Connection(asyncio.Protocol):
         self._finished = False  # the client has half-closed
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
+        self._transport = transport = cast("asyncio.Transport", transport)  # uvloop's is no subclass of it
         transport.set_write_buffer_limits(high=WRITE_HIGH)
         if not self._feeder.admit(self):
             limit = self._feeder.max_connections
@@ -174,6 +173,7 @@ class Feeder:
         self.max_connections = max_connections
         self.pending = 0  # bytes of requests without a reply, of all connections
         self._connections: set[Connection] = set()
+        self._all_closed = asyncio.Event()
         self._server: asyncio.Server | None = None
         self._socket: socket.socket | None = None
 
@@ -194,6 +194,8 @@ class Feeder:
     def forget(self, connection: Connection) -> None:
         """A connection is closed."""
         self._connections.discard(connection)
+        if not self._connections:
+            self._all_closed.set()
 
     def stop_accepting(self) -> None:
         """Clients that connect from now on wait for the next daemon, if systemd holds the socket."""
@@ -205,10 +207,11 @@ class Feeder:
         self.stop_accepting()
         for connection in list(self._connections):
             connection.close()
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(1):
-                while self._connections:
-                    await asyncio.sleep(0.01)
+        self._all_closed.clear()
+        if self._connections:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(1):
+                    await self._all_closed.wait()
 
 
 # --- the socket file --------------------------------------------------------------------------------------

@@ -51,7 +51,12 @@ class ForkServer:
         """Start the process; its first message will be `Loaded` or `Unusable`."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
-            arguments = [str(theirs.fileno()), str(claims_fd), str(os.getpid()), msgspec.json.encode(spec).decode()]
+            arguments = [
+                str(theirs.fileno()),
+                str(claims_fd),
+                str(os.getpid()),
+                msgspec.json.encode(spec).decode(),
+            ]
             process = subprocess.Popen(
                 [sys.executable, "-P", "-c", BOOTSTRAP, json.dumps(sys.path), *arguments],
                 pass_fds=[theirs.fileno(), claims_fd],

@@ -128,10 +128,10 @@ async def ended(pid: int) -> None:
     except (ProcessLookupError, OSError):
         return
     loop = asyncio.get_running_loop()
-    gone = loop.create_future()
-    loop.add_reader(pidfd, lambda: gone.done() or gone.set_result(None))
+    gone = asyncio.Event()
+    loop.add_reader(pidfd, gone.set)
     try:
-        await gone
+        await gone.wait()
     finally:
         loop.remove_reader(pidfd)
         os.close(pidfd)

@@ -79,9 +79,7 @@ class Options(msgspec.Struct, frozen=True, array_like=True):
 
     def override(self, given: OptionFields) -> Options:
         """These options with those replaced that `given` sets."""
-        changes: dict[str, Any] = {
-            name: value for name in OPTION_NAMES if (value := getattr(given, name)) is not UNSET
-        }
+        changes: dict[str, Any] = {name: value for name in OPTION_NAMES if (value := getattr(given, name)) is not UNSET}
         return _replaced(self, tuple(changes.items())) if changes else self
 
 

@@ -310,4 +310,3 @@ def exit_reason(process: WorkerProcess, status: int) -> str:
     if process.phase is Phase.RETIRING and status == 0:
         return "retired"
     return "killed" if status < 0 else "exited"
-

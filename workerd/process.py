@@ -45,9 +45,7 @@ class Phase(StrEnum):
 class WorkerProcess:
     """One worker. The pool sets `on_message` and is told of each message as a list, and of end of file."""
 
-    def __init__(
-        self, number: int, generation: int, slot: memoryview, loop: asyncio.AbstractEventLoop
-    ) -> None:
+    def __init__(self, number: int, generation: int, slot: memoryview, loop: asyncio.AbstractEventLoop) -> None:
         self.number = number
         self.generation = generation
         self.slot = slot
@@ -89,9 +87,7 @@ class WorkerProcess:
 
     def assign(self, batch: Batch) -> None:
         """Send a batch."""
-        jobs = [
-            (job.seq, job.key, job.target, job.arguments, job.waiter is not None) for job in batch.jobs
-        ]
+        jobs = [(job.seq, job.key, job.target, job.arguments, job.waiter is not None) for job in batch.jobs]
         self._write(frame(_encode((batch.first, jobs))))
         timeouts = [job.options.timeout for job in batch.jobs if job.options.timeout]
         if timeouts:
@@ -197,9 +193,11 @@ class WorkerProcess:
 
     def unstarted(self) -> int:
         """How many of the jobs that it holds it has not begun."""
-        return self.holder.position - max(self.slot[claims.STARTED], self.holder.batches[0].first - 1) if (
-            self.holder.batches
-        ) else 0
+        return (
+            self.holder.position - max(self.slot[claims.STARTED], self.holder.batches[0].first - 1)
+            if (self.holder.batches)
+            else 0
+        )
 
     def revoke(self, on_visible: Callable[[WorkerProcess, int], None]) -> bool:
         """Begin to take back what it has not begun; `on_visible(self, keep)` says what it kept. See claims."""

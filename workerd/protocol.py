@@ -205,9 +205,7 @@ def _interpret(line: bytes, value: Any) -> Request:
 def _checked(request: Dead) -> Dead:
     chosen = [request.id is not None, request.target is not None, request.all]
     if request.action != "list" and sum(chosen) != 1:
-        raise Refusal(
-            Code.BAD_REQUEST, f'{request.action} needs exactly one of "id", "target" and "all": true'
-        )
+        raise Refusal(Code.BAD_REQUEST, f'{request.action} needs exactly one of "id", "target" and "all": true')
     return request
 
 

@@ -53,9 +53,7 @@ class Holder:
 class JobQueue:
     """See the module. `max_jobs` may wait or run at once; `window` and `window_bytes` bound what is in memory."""
 
-    def __init__(
-        self, *, max_jobs: int = 10_000_000, window: float = 50_000, window_bytes: float = 64 * 2**20
-    ) -> None:
+    def __init__(self, *, max_jobs: int = 10_000_000, window: float = 50_000, window_bytes: float = 64 * 2**20) -> None:
         self.max_jobs = max_jobs
         self.backlog = Backlog(window, window_bytes)
         self.total = 0  # jobs that have not ended, wherever they are
@@ -189,9 +187,7 @@ class JobQueue:
         self.backlog.put_back(released)
         return released
 
-    def _again(
-        self, job: Job, failures: int, now: float, jitter: Callable[[float, float], float] | None
-    ) -> State:
+    def _again(self, job: Job, failures: int, now: float, jitter: Callable[[float, float], float] | None) -> State:
         backoff = job.options.backoff
         job.ready_at = now + (backoff.delay(failures, jitter) if jitter else backoff.delay(failures))
         job.become(State.SCHEDULED)

@@ -157,4 +157,3 @@ def _settle(future: asyncio.Future[T], result: T, error: BaseException | None) -
         future.set_exception(error)
     else:
         future.set_result(result)
-

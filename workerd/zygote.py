@@ -202,7 +202,10 @@ def run_worker(
         if settings.capture:
             os.dup2(output, 1)
             os.dup2(output, 2)
-            with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w", encoding="ascii") as file:
+            with (
+                contextlib.suppress(OSError),
+                open("/proc/self/oom_score_adj", "w", encoding="ascii") as file,
+            ):
                 file.write(str(OOM_SCORE))
         os.close(output)
         worker.main(Connection(pipe), claims.slot(slot), attributes, settings)

@@ -1,0 +1,38 @@
+"""After a `kill -9` of the daemon: who is to be charged, and what is left to do."""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import TYPE_CHECKING
+
+from workerd.spool import Changes, Spool
+
+if TYPE_CHECKING:
+    from workerd.claims import Claims
+    from workerd.queue import JobQueue
+
+logger = logging.getLogger("workerd")
+
+DAEMON_KILLED = (
+    b'{"reason":"crashed","type":"WorkerCrashed",'
+    b'"message":"the daemon and its workers were killed while this job ran","traceback":""}'
+)
+
+
+def recover(spool: Spool, claims: Claims, queue: JobQueue) -> int:
+    """Settle what an earlier daemon left: charge the jobs that its death interrupted, count the rest.
+
+    Returns the number of dead jobs. Blocks; raises SpoolError.
+    """
+    interrupted = claims.interrupted()
+    doomed = [job for job in spool.charge_crashes(interrupted) if job.crashes >= job.options.max_crashes]
+    if doomed:
+        now = time.time()
+        spool.commit(Changes(buried=[(job, DAEMON_KILLED, now) for job in doomed]))
+    claims.clear()
+    counts = spool.counts()
+    queue.recover(counts.ready, counts.scheduled)
+    if interrupted:
+        logger.warning("%d jobs were interrupted when the daemon was killed", len(interrupted))
+    return counts.dead

@@ -1,0 +1,128 @@
+"""What systemd and Prometheus are told of the daemon: status, watchdog, pleas for time, health."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from typing import TYPE_CHECKING
+
+from workerd import metrics, notify
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from workerd.control import Control
+    from workerd.errors import SpoolError
+
+logger = logging.getLogger("workerd")
+
+STATUS_INTERVAL = 1.0  # seconds between two STATUS lines to systemd, while something changes
+EXTEND_INTERVAL = 5.0  # seconds between two pleas for more time, each for twice as much
+HEALTH_TIMEOUT = 2.0  # seconds within which a healthy event loop answers /healthz
+
+
+class Reporter:
+    """One for the daemon's life. `control` is set once there is something to tell of."""
+
+    def __init__(self, counters: metrics.Metrics) -> None:
+        self.state = "starting"
+        self.note = ""  # why the latest reload failed
+        self.failing = False  # the spool cannot be written
+        self.control: Control
+        self.metrics = counters
+        self.notifier = notify.Notifier()
+        self.loop = asyncio.get_running_loop()
+        self._status_timer: asyncio.TimerHandle | None = None
+
+    def watchdog(self) -> None:
+        """Show systemd that the loop turns, now and from now on."""
+        if self.notifier.watchdog_interval is not None:
+            self.notifier.watchdog()
+            self.loop.call_later(self.notifier.watchdog_interval, self.watchdog)
+
+    @contextlib.contextmanager
+    def more_time(self) -> Iterator[None]:
+        """While inside, tell systemd now and then that this may take longer."""
+        timer: asyncio.TimerHandle | None = None
+
+        def extend() -> None:
+            nonlocal timer
+            self.notifier.extend_timeout(2 * EXTEND_INTERVAL)
+            timer = self.loop.call_later(EXTEND_INTERVAL, extend)
+
+        extend()
+        try:
+            yield
+        finally:
+            if timer is not None:
+                timer.cancel()
+
+    def ready(self, note: str = "") -> None:
+        """Serving, with the latest configuration or, as `note` says, without it."""
+        self.state = "running"
+        self.note = note
+        self.notifier.ready(self.text())
+
+    def reloading(self) -> None:
+        """A reload has begun."""
+        self.state = "reloading"
+        self.notifier.reloading()
+
+    def stopping(self) -> None:
+        """The last of it."""
+        self.state = "draining"
+        self.notifier.stopping()
+
+    def touch(self) -> None:
+        """Something has changed: tell systemd, soon."""
+        if self._status_timer is None:
+            self._status_timer = self.loop.call_later(STATUS_INTERVAL, self._update_status)
+
+    def _update_status(self) -> None:
+        self._status_timer = None
+        self.notifier.status(self.text())
+
+    def text(self) -> str:
+        """The line that `systemctl status` shows."""
+        engine = self.control.engine
+        jobs = self.control.job_counts()
+        dead = f", {jobs['dead']} dead" if jobs["dead"] else ""
+        trouble = f" (spool failing: {engine.writer.failing})" if engine.writer.failing else self.note
+        counts = f"{len(engine.pool.workers())} workers, {jobs['ready'] + jobs['scheduled']} queued"
+        return f"{self.state}: {counts}, {jobs['running']} running{dead}{trouble}"
+
+    def committed(self, seconds: float, error: SpoolError | None) -> None:
+        """A transaction took so long, or failed."""
+        if error is None:
+            self.metrics.commit(seconds)
+        if error is not None and not self.failing:
+            logger.error("the spool cannot be written: %s", error, extra={"event": "spool_failed"})
+        elif error is None and self.failing:
+            logger.info("the spool can be written again", extra={"event": "spool_recovered"})
+        self.failing = error is not None
+        self.touch()
+
+    def snapshot(self) -> metrics.Snapshot:
+        """The gauges, read by the metrics thread."""
+        return metrics.Snapshot(
+            jobs=self.control.job_counts(),
+            workers=self.control.worker_counts(),
+            oldest_ready=self.control.engine.queue.backlog.oldest_ready(),
+            spool_bytes=self.control.engine.writer.spool.size(),
+            spool_failing=self.failing,
+        )
+
+    def healthy(self) -> tuple[bool, str]:
+        """From the metrics thread: does the event loop still turn?"""
+        turned = asyncio.run_coroutine_threadsafe(asyncio.sleep(0), self.loop)
+        try:
+            turned.result(HEALTH_TIMEOUT)
+        except TimeoutError:
+            return False, f"the event loop has not answered for {HEALTH_TIMEOUT:.0f} s"
+        return True, self.state
+
+    def is_ready(self) -> tuple[bool, str]:
+        """Whether jobs are taken and run."""
+        ready = self.state in ("running", "reloading") and not self.failing
+        return ready, f"{self.state}, spool failing" if self.failing else self.state
