@@ -237,7 +237,8 @@ class Spool:
         with self._reading():
             free, pages = self._one("PRAGMA freelist_count"), self._one("PRAGMA page_count")
             if free > max(VACUUM_PAGES, pages // 2):
-                self._db.execute(f"PRAGMA incremental_vacuum({VACUUM_PAGES})").fetchall()
+                # a script, because execute() stops after the first page
+                self._db.executescript(f"PRAGMA incremental_vacuum({VACUUM_PAGES})")
         return purged
 
     # --- inside -------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 APPLICATION_ID = 0x776B7264  # "wkrd"
+OLDEST_SQLITE = (3, 40)  # older ones lack json operators that are relied upon, or were not tried
 VERSION = 1  # of the schema, as PRAGMA user_version
 
 # READY, SCHEDULED, SUCCEEDED and DEAD, as numbers: a partial index serves only a condition that it can read.
@@ -76,6 +77,9 @@ def lock(path: Path) -> int:
 
 def connect(path: str) -> sqlite3.Connection:
     """A connection on which transactions are begun and ended by us alone."""
+    if sqlite3.sqlite_version_info < OLDEST_SQLITE:
+        needed = ".".join(map(str, OLDEST_SQLITE))
+        raise SpoolError(f"SQLite {sqlite3.sqlite_version} is too old for the spool; install {needed} or newer")
     return sqlite3.connect(path, timeout=1.0, isolation_level=None, check_same_thread=False, cached_statements=64)
 
 

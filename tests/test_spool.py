@@ -1,0 +1,692 @@
+"""The spool: what went in comes out, what was committed stays, what fails changes nothing. Real SQLite, real files."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+from msgspec import structs
+
+from workerd import rows
+from workerd.errors import SpoolError
+from workerd.job import Backoff, Job, Options, State
+from workerd.spool import Changes, Counts, Spool
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+ROOT = Path(__file__).parents[1]
+NOW = 1_790_000_000.123456
+PLAIN = Options()
+ERROR = '{"reason":"failed","type":"ValueError","message":"é\\u0000\\n\\"\\ud83d\\ude00"}'.encode()
+PLENTY = 2**40
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "spool.db"
+
+
+@pytest.fixture
+def open_spool() -> Iterator[Callable[[Path | None], Spool]]:
+    """Opens spools, and closes those that the test did not."""
+    opened: list[Spool] = []
+
+    def open_one(path: Path | None) -> Spool:
+        opened.append(Spool.open(path))
+        return opened[-1]
+
+    yield open_one
+    for spool in opened:
+        if spool.lock_fd >= 0 or spool._path is None:
+            spool.close()
+
+
+@pytest.fixture(params=["disk", "memory"])
+def spool(request: pytest.FixtureRequest, path: Path, open_spool: Callable[[Path | None], Spool]) -> Spool:
+    return open_spool(path if request.param == "disk" else None)
+
+
+def make(seq: int, *, delay: float = 0.0, key: str | None = None, arguments: bytes = b"[1]", **more: object) -> Job:
+    priority = more.pop("priority", None)
+    options = PLAIN if priority is None else structs.replace(PLAIN, priority=priority)
+    values = {"target": "target", "options": options, "submitted": NOW, "ready_at": NOW + delay, **more}
+    state = State.SCHEDULED if delay else State.READY
+    return Job(seq=seq, key=key, arguments=arguments, state=state, **values)  # type: ignore[arg-type]
+
+
+def several(spool: Spool, count: int, **more: object) -> list[Job]:
+    return [make(spool.first_seq + i, **more) for i in range(count)]  # type: ignore[arg-type]
+
+
+def ready(spool: Spool, priority: int = 100) -> list[Job]:
+    return spool.refill_ready(priority, 0, 1_000_000, PLENTY)
+
+
+def scheduled(spool: Spool) -> list[Job]:
+    return spool.refill_scheduled((float("-inf"), 0), 1_000_000, PLENTY)
+
+
+def seqs(jobs: list[Job]) -> list[int]:
+    return [job.seq for job in jobs]
+
+
+def stored(job: Job, **more: object) -> Job:
+    return structs.replace(job, stored=True, **more)
+
+
+# --- jobs in, jobs out ------------------------------------------------------------------------------------
+
+
+def test_every_field_survives(spool: Spool) -> None:
+    """A job comes back with all its fields, whatever bytes are in its arguments, its key and its target."""
+    first = spool.first_seq
+    odd = Options(priority=100, timeout=0.1, max_attempts=7, max_crashes=1_000_000, backoff=Backoff(0.3, 1e7))
+    every_byte = bytes(range(256)) * 3
+    jobs = [
+        make(first, arguments=b""),
+        make(first + 1, arguments=every_byte, attempts=3, crashes=2),
+        make(first + 2, arguments=b"\0", target="zürich_工作", options=odd),
+        make(first + 3, arguments=b"\xff\0\xff", target='a"b\\c', options=odd, submitted=0.5, ready_at=0.5),
+        make(first + 4, arguments="é".encode() * 5000, submitted=NOW + 1e-6, ready_at=NOW + 1e-6),
+    ]
+    keys = ["k", "ключ-é", 'quote"\\', "nul\0inside", "😀" * 128]
+    keyed = [make(first + 10 + i, key=key, arguments=every_byte[i:]) for i, key in enumerate(keys)]
+    late = [make(first + 20, delay=1 / 3), make(first + 21, delay=10 * 365 * 86400.0, key="late")]
+    committed = spool.commit(Changes(inserts=[*jobs, late[0]], keyed=[*keyed, late[1]]))
+    assert committed.new == {job.seq for job in [*keyed, late[1]]}
+    assert ready(spool) == [stored(job) for job in jobs + keyed]
+    assert scheduled(spool) == [stored(job) for job in late]
+
+
+def test_everything_survives_a_restart(path: Path) -> None:
+    """What was committed is there after closing and opening, under the same identity."""
+    spool = Spool.open(path)
+    jobs, identity = several(spool, 50), spool.identity
+    spool.commit(Changes(inserts=jobs))
+    spool.close()
+    spool = Spool.open(path)
+    assert (ready(spool), spool.identity) == ([stored(job) for job in jobs], identity)
+    spool.close()
+
+
+def test_batches_of_random_jobs_survive(spool: Spool) -> None:
+    """Any mixture of jobs that do and do not resemble each other comes back as it was."""
+    chance = random.Random(7)
+    jobs = [
+        make(
+            spool.first_seq + i,
+            key=chance.choice([None, f"key {i}"]),
+            arguments=chance.randbytes(chance.choice([0, 1, 30, 5000])),
+            target=chance.choice(["a", "bb", "ключ"]),
+            options=Options(timeout=chance.choice([0.0, 1.5, chance.random()])),
+            submitted=(at := NOW + chance.choice([0, chance.random()])),
+            ready_at=at,
+            attempts=chance.randrange(3),
+        )
+        for i in range(500)
+    ]
+    spool.commit(Changes([job for job in jobs if not job.key], [job for job in jobs if job.key]))
+    assert ready(spool) == [stored(job) for job in jobs]
+
+
+def test_a_batch_may_be_larger_than_one_statement(spool: Spool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many bytes of arguments are cut into several statements of the same transaction."""
+    monkeypatch.setattr(rows, "CHUNK", 1000)
+    jobs = [*several(spool, 30, arguments=b"x" * 300), make(spool.first_seq + 30, arguments=b"y" * 5000)]
+    assert len(list(rows.packed(jobs))) == 8
+    keyed = [make(spool.first_seq + 100 + i, key=str(i), arguments=b"z" * 400) for i in range(10)]
+    assert spool.commit(Changes(inserts=jobs, keyed=keyed)).new == {job.seq for job in keyed}
+    assert ready(spool) == [stored(job) for job in jobs + keyed]
+
+
+def test_running_is_not_stored(spool: Spool) -> None:
+    """A job that a worker has taken meanwhile is ready on the disk; one that was ever delayed, scheduled."""
+    taken, late = make(spool.first_seq), make(spool.first_seq + 1, delay=5)
+    taken.state = late.state = State.RUNNING
+    spool.commit(Changes(inserts=[taken, late]))
+    assert [job.state for job in ready(spool) + scheduled(spool)] == [State.READY, State.SCHEDULED]
+
+
+def test_nothing_to_do() -> None:
+    """Changes are false until something is in them."""
+    assert not Changes()
+    assert all(
+        (
+            Changes(inserts=[make(1)]), Changes(keyed=[make(1)]), Changes(deletes=[1]), Changes(succeeded=[(1, 1.0)]),
+            Changes(updates=[make(1)]), Changes(buried=[(make(1), b"{}", 1.0)]),
+        )
+    )  # fmt: skip
+
+
+# --- ids of clients ---------------------------------------------------------------------------------------
+
+
+def test_known_ids_are_not_stored_again(spool: Spool) -> None:
+    """Of jobs with one id only the first is new, within a commit and between commits."""
+    first = spool.first_seq
+    one, twin, other = make(first, key="a"), make(first + 1, key="a"), make(first + 2, key="b")
+    assert spool.commit(Changes(keyed=[one, twin, other])).new == {first, first + 2}
+    again = [make(first + 3, key="b"), make(first + 4, key="c")]
+    assert spool.commit(Changes(keyed=again)).new == {first + 4}
+    assert spool.commit(Changes(keyed=[make(first + 5, key="c")])).new == frozenset()
+    assert seqs(ready(spool)) == [first, first + 2, first + 4]
+
+
+def test_ids_are_remembered_then_purged(spool: Spool) -> None:
+    """An id stays known after its job has ended, until it is purged; then it may be given again."""
+    job = make(spool.first_seq, key="a", arguments=b"x" * 100)
+    spool.commit(Changes(keyed=[job]))
+    spool.commit(Changes(succeeded=[(job.seq, 1000.0)]))
+    assert spool.counts() == Counts({}, 0, 0, None, None)
+    again = make(spool.first_seq + 1, key="a")
+    assert spool.commit(Changes(keyed=[again])).new == frozenset()
+    assert spool.purge(1000.0) == 0
+    assert spool.purge(1000.5) == 1
+    assert spool.commit(Changes(keyed=[again])).new == {again.seq}
+
+
+def test_purge_is_bounded(spool: Spool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A call purges so many ids, the oldest first; the caller asks until none is left."""
+    monkeypatch.setattr("workerd.spool.PURGE_ROWS", 40)
+    jobs = [make(spool.first_seq + i, key=str(i)) for i in range(100)]
+    spool.commit(Changes(keyed=jobs, succeeded=[(job.seq, 1000.0 + i) for i, job in enumerate(jobs)]))
+    assert [spool.purge(2000.0) for _ in range(4)] == [40, 40, 20, 0]
+
+
+def test_purge_gives_space_back(
+    path: Path, open_spool: Callable[[Path | None], Spool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once most of a large file is free, purging makes it smaller."""
+    monkeypatch.setattr("workerd.spool.VACUUM_PAGES", 100)
+    spool = open_spool(path)
+    jobs = several(spool, 100, arguments=b"x" * 20_000)
+    spool.commit(Changes(inserts=jobs))
+    spool.commit(Changes(deletes=seqs(jobs)))
+    pages = spool._one("PRAGMA page_count")
+    spool.purge(0.0)
+    assert spool._one("PRAGMA page_count") == pages - 100
+    assert spool.size() >= path.stat().st_size
+
+
+# --- endings and changes ----------------------------------------------------------------------------------
+
+
+def test_deleted_jobs_are_gone(spool: Spool) -> None:
+    """Jobs that ended well leave nothing; to delete one that is not there is harmless."""
+    jobs = several(spool, 10)
+    spool.commit(Changes(inserts=jobs))
+    spool.commit(Changes(deletes=[*seqs(jobs[2:]), 12345]))
+    assert ready(spool) == [stored(job) for job in jobs[:2]]
+
+
+def test_updates_are_stored(spool: Spool) -> None:
+    """A retried job is scheduled with its new numbers, whether or not it had a row; the rest of it stays."""
+    old, unknown = several(spool, 2, arguments=b"\xff\0")
+    spool.commit(Changes(inserts=[old]))
+    for job in (old, unknown):
+        job.attempts, job.crashes, job.ready_at, job.state = 2, 1, NOW + 9, State.SCHEDULED
+    spool.commit(Changes(updates=[old, unknown]))
+    assert ready(spool) == []
+    assert scheduled(spool) == [stored(old), stored(unknown)]
+
+
+def test_a_whole_life_in_one_commit(spool: Spool) -> None:
+    """A job may be inserted, retried and ended within the same changes."""
+    deleted, buried, known = several(spool, 3)
+    known.key = "known"
+    for job in (deleted, buried, known):
+        job.attempts, job.ready_at = 1, NOW + 1
+    spool.commit(
+        Changes(
+            inserts=[deleted, buried],
+            keyed=[known],
+            updates=[deleted, buried, known],
+            buried=[(buried, ERROR, NOW)],
+            succeeded=[(known.seq, NOW)],
+            deletes=[deleted.seq],
+        )
+    )
+    assert spool.counts() == Counts({}, 0, 1, None, None)
+    assert seqs([dead.job for dead in spool.dead(0, 10, None)[0]]) == [buried.seq]
+    assert spool.purge(NOW + 1) == 1
+
+
+def test_a_key_that_is_taken_bars_nothing(spool: Spool) -> None:
+    """A change of a job whose key belongs to another is left out; the commit goes through."""
+    first = spool.first_seq
+    spool.commit(Changes(keyed=[make(first, key="a")]))
+    spool.commit(Changes(inserts=[make(first + 2)], updates=[make(first + 1, key="a")]))
+    assert seqs(ready(spool)) == [first, first + 2]
+
+
+def test_buried_jobs_keep_their_error(spool: Spool) -> None:
+    """A dead job is kept with its error and its end, byte for byte, whether or not it had a row."""
+    old, unknown, keyed = several(spool, 3, arguments=b"\0\xff")
+    keyed.key = "a"
+    spool.commit(Changes(inserts=[old], keyed=[keyed]))
+    for job in (old, unknown, keyed):
+        job.attempts, job.state = 3, State.DEAD
+    spool.commit(Changes(buried=[(job, ERROR, NOW + 1) for job in (old, unknown, keyed)]))
+    dead, total = spool.dead(0, 10, None)
+    assert total == 3
+    assert [one.job for one in dead] == [stored(old), stored(unknown), stored(keyed)]
+    assert {(one.error, one.ended) for one in dead} == {(ERROR, NOW + 1)}
+    assert ready(spool) == []
+
+
+def test_crashes_are_charged(spool: Spool) -> None:
+    """Only jobs that still wait on the disk are charged with a crash, and they are returned so."""
+    waiting, late, dead, over = several(spool, 4)
+    late.ready_at, late.state, over.key = NOW + 5, State.SCHEDULED, "a"
+    spool.commit(
+        Changes(inserts=[waiting, late], keyed=[over], buried=[(dead, ERROR, NOW)], succeeded=[(over.seq, NOW)])
+    )
+    assert spool.charge_crashes([dead.seq, late.seq, over.seq, 99, waiting.seq]) == [
+        stored(waiting, crashes=1), stored(late, crashes=1),
+    ]  # fmt: skip
+    assert ready(spool) == [stored(waiting, crashes=1)]
+    assert spool.charge_crashes([]) == []
+
+
+# --- reading the backlog ----------------------------------------------------------------------------------
+
+
+def test_ready_jobs_come_in_order(spool: Spool) -> None:
+    """Each priority is a line of its own, read by seq from behind the cursor."""
+    jobs = [make(spool.first_seq + i, priority=i % 2) for i in range(20)]
+    spool.commit(Changes(inserts=random.Random(1).sample(jobs, 20)))
+    got = spool.refill_ready(1, 0, 4, PLENTY)
+    assert seqs(got) == seqs(jobs[1:8:2])
+    assert seqs(spool.refill_ready(1, got[-1].seq, 100, PLENTY)) == seqs(jobs[9::2])
+    assert spool.refill_ready(2, 0, 100, PLENTY) == []
+
+
+def test_scheduled_jobs_come_in_order(spool: Spool) -> None:
+    """Scheduled jobs are read by time, those of the same time by seq, from behind the cursor."""
+    delays = [5.0, 1.0, 3.3, 1.0, 9.9, 3.3]
+    jobs = [make(spool.first_seq + i, delay=delay) for i, delay in enumerate(delays)]
+    spool.commit(Changes(inserts=jobs))
+    right = sorted(jobs, key=lambda job: (job.ready_at, job.seq))
+    got = spool.refill_scheduled((float("-inf"), 0), 3, PLENTY)
+    assert seqs(got) == seqs(right[:3])
+    assert seqs(spool.refill_scheduled((got[-1].ready_at, got[-1].seq), 10, PLENTY)) == seqs(right[3:])
+
+
+def test_bytes_bound_a_refill(spool: Spool) -> None:
+    """A refill ends with the job that passes the bound, so that a large one is never out of reach."""
+    now, later = several(spool, 5, arguments=b"x" * 100), several(spool, 10, arguments=b"x" * 100, delay=1)[5:]
+    spool.commit(Changes(inserts=now + later))
+    start = (float("-inf"), 0)
+    for bound, count in ((0, 1), (99, 1), (250, 3), (10_000, 5)):
+        assert len(spool.refill_ready(100, 0, 10, bound)) == count
+        assert len(spool.refill_scheduled(start, 10, bound)) == count
+
+
+def test_counts(spool: Spool) -> None:
+    """All is counted by state, ready jobs by priority, with the oldest ready and the next scheduled."""
+    first = spool.first_seq
+    assert spool.counts() == Counts({}, 0, 0, None, None)
+    jobs = [make(first + i, priority=i % 3, submitted=NOW + i, ready_at=NOW + i) for i in range(10)]
+    late = [make(first + 20, delay=7), make(first + 21, delay=2)]
+    spool.commit(Changes(inserts=jobs + late, buried=[(make(first + 30), ERROR, NOW)], deletes=[first]))
+    assert spool.counts() == Counts({0: 3, 1: 3, 2: 3}, 2, 1, NOW + 1, NOW + 2)
+
+
+# --- dead jobs --------------------------------------------------------------------------------------------
+
+
+def bury(spool: Spool) -> list[Job]:
+    """Six dead jobs: targets a and b by turns, the last two with ids of a client."""
+    jobs = [make(spool.first_seq + i, target="ab"[i % 2], priority=i % 3, attempts=2, crashes=1) for i in range(6)]
+    jobs[4].key, jobs[5].key = "four", "five"
+    spool.commit(Changes(buried=[(job, ERROR, NOW) for job in jobs]))
+    return jobs
+
+
+def test_dead_jobs_are_listed_in_pages(spool: Spool) -> None:
+    """The dead are listed by seq from behind a cursor, of one target or of all, with the total."""
+    jobs = bury(spool)
+    page, total = spool.dead(0, 4, None)
+    assert (seqs([dead.job for dead in page]), total) == (seqs(jobs[:4]), 6)
+    page, total = spool.dead(page[-1].job.seq, 4, None)
+    assert (seqs([dead.job for dead in page]), total) == (seqs(jobs[4:]), 6)
+    page, total = spool.dead(jobs[0].seq, 4, "a")
+    assert (seqs([dead.job for dead in page]), total) == ([jobs[2].seq, jobs[4].seq], 3)
+    assert spool.dead(0, 4, "c") == ([], 0)
+
+
+def test_a_dead_job_is_found_by_its_id(spool: Spool) -> None:
+    """The id is the client's, or else the daemon's; anything else finds nothing."""
+    jobs = bury(spool)
+    spool.commit(Changes(inserts=[make(spool.first_seq + 9)]))
+    for job in jobs:
+        dead = spool.find_dead(job.key or f"{spool.identity}-{job.seq:x}")
+        assert dead is not None
+        assert dead.job.seq == job.seq
+    wrong = (
+        f"{spool.identity}-{jobs[4].seq:x}",
+        f"{spool.identity}-{spool.first_seq + 9:x}",
+        "",
+        "-",
+        str(jobs[0].seq),
+    )
+    assert [spool.find_dead(job_id) for job_id in wrong] == [None] * len(wrong)
+
+
+def test_ids_of_our_own(spool: Spool) -> None:
+    """An id that the daemon gave leads back to the seq; what only resembles one does not."""
+    prefix = spool.identity
+    assert spool.seq_of(f"{prefix}-{spool.first_seq:x}") == spool.first_seq
+    for wrong in (
+        "",
+        "-",
+        prefix,
+        f"{prefix}-",
+        f"{prefix}-0x1",
+        f"{prefix}-01",
+        f"{prefix}-A",
+        f"{prefix}-1_0",
+        "x-1",
+    ):
+        assert spool.seq_of(wrong) is None
+
+
+def test_revived_jobs_start_anew(spool: Spool) -> None:
+    """Revived jobs are ready at the end of the order, in their old order, and keep the id that people know."""
+    jobs = bury(spool)
+    living = make(spool.first_seq + 9, priority=0)
+    spool.commit(Changes(inserts=[living]))
+    first = spool.first_seq + 1000
+    assert spool.revive({"all": True}, first, now=NOW + 50) == {0: 2, 1: 2, 2: 2}
+    names = [job.key or f"{spool.identity}-{job.seq:x}" for job in jobs]
+    expected = [
+        stored(job, seq=first + i, key=names[i], attempts=0, crashes=0, ready_at=NOW + 50) for i, job in enumerate(jobs)
+    ]
+    assert ready(spool, 0) == [stored(living), expected[0], expected[3]]
+    assert ready(spool, 1) + ready(spool, 2) == [expected[1], expected[4], expected[2], expected[5]]
+    assert spool.dead(0, 10, None) == ([], 0)
+    assert spool.revive({"all": True}, first + 100) == {}
+    spool.commit(Changes(buried=[(ready(spool, 1)[0], ERROR, NOW)]))
+    assert spool.find_dead(names[1]) is not None
+
+
+@pytest.mark.parametrize(
+    ("chosen", "which"),
+    [
+        ({"id": "four"}, [4]),
+        ({"target": "b", "id": None, "all": False}, [1, 3, 5]),
+        ({"all": True, "target": None}, [0, 1, 2, 3, 4, 5]),
+    ],
+)
+def test_what_is_chosen_is_revived(spool: Spool, chosen: dict[str, object], which: list[int]) -> None:
+    """One job by its id, those of a target, or all: the others stay dead."""
+    jobs = bury(spool)
+    assert sum(spool.revive(chosen, spool.first_seq + 1000).values()) == len(which)
+    left = seqs([dead.job for dead in spool.dead(0, 10, None)[0]])
+    assert left == [job.seq for i, job in enumerate(jobs) if i not in which]
+
+
+def test_one_job_without_key_is_revived(spool: Spool) -> None:
+    """The id that the daemon gave chooses a job, too; one that is unknown chooses none."""
+    jobs = bury(spool)
+    assert spool.revive({"id": f"{spool.identity}-{jobs[1].seq:x}"}, spool.first_seq + 1000) == {1: 1}
+    assert spool.revive({"id": "unknown"}, spool.first_seq + 2000) == {}
+
+
+def test_no_more_are_revived_than_there_are_seqs(spool: Spool) -> None:
+    """`limit` keeps to the seqs that were set aside: those that died since wait for another call."""
+    jobs, first = bury(spool), spool.first_seq + 1000
+    assert sum(spool.revive({"all": True}, first, limit=4).values()) == 4
+    assert seqs([dead.job for dead in spool.dead(0, 10, None)[0]]) == seqs(jobs[4:])
+
+
+def test_a_name_that_a_client_took(spool: Spool) -> None:
+    """A job whose id a client has used for another is revived all the same."""
+    job = bury(spool)[0]
+    thief = make(spool.first_seq + 50, key=f"{spool.identity}-{job.seq:x}")
+    spool.commit(Changes(keyed=[thief]))
+    assert spool.revive({"target": "a"}, spool.first_seq + 1000) == {0: 1, 2: 1, 1: 1}
+    assert [one.key for one in ready(spool, 0)] == [None]
+
+
+def test_deleted_dead_jobs_leave_the_ids_of_clients(spool: Spool) -> None:
+    """Deleting the dead forgets them, but an id that a client gave stays known until it is purged."""
+    bury(spool)
+    assert spool.delete_dead({"target": "b"}, NOW) == 3
+    assert spool.delete_dead({"id": "four"}, NOW) == 1
+    assert spool.delete_dead({"id": "four"}, NOW) == 0
+    assert spool.delete_dead({"all": True}, NOW) == 2
+    assert spool.counts() == Counts({}, 0, 0, None, None)
+    assert spool.commit(Changes(keyed=[make(spool.first_seq + 60, key="five")])).new == frozenset()
+    assert spool.purge(NOW + 1) == 2
+
+
+# --- the file ---------------------------------------------------------------------------------------------
+
+
+def test_each_opening_has_seqs_of_its_own(path: Path, open_spool: Callable[[Path | None], Spool]) -> None:
+    """Seqs grow from one opening to the next, even if nothing was stored."""
+    firsts = []
+    for _ in range(3):
+        spool = open_spool(path)
+        firsts.append(spool.first_seq)
+        spool.close()
+    assert firsts == [(epoch << 40) + 1 for epoch in (1, 2, 3)]
+
+
+def test_files_are_private(tmp_path: Path, open_spool: Callable[[Path | None], Spool]) -> None:
+    """Folders and files are made for this user alone."""
+    path = tmp_path / "state" / "workerd" / "spool.db"
+    open_spool(path).commit(Changes(inserts=[make(1)]))
+    assert path.parent.stat().st_mode & 0o777 == 0o700
+    modes = {file.name: oct(file.stat().st_mode & 0o777) for file in path.parent.iterdir()}
+    assert modes == dict.fromkeys(("spool.db", "spool.db-wal", "spool.db-shm", "spool.db.lock"), "0o600")
+
+
+def test_one_daemon_at_a_time(path: Path, open_spool: Callable[[Path | None], Spool]) -> None:
+    """A second daemon is told who has the spool; it gets it once that one has gone."""
+    spool = open_spool(path)
+    with pytest.raises(SpoolError, match=rf"in use by another workerd \(pid {os.getpid()}\)"):
+        Spool.open(path)
+    spool.commit(Changes(inserts=[make(1)]))
+    spool.close()
+    assert seqs(ready(open_spool(path))) == [1]
+
+
+def test_the_lock_lasts_as_long_as_a_heir(path: Path, open_spool: Callable[[Path | None], Spool]) -> None:
+    """A child that inherits the descriptor keeps the lock, so no second daemon starts beside orphans."""
+    spool = open_spool(path)
+    child = subprocess.Popen(["cat"], stdin=subprocess.PIPE, pass_fds=[spool.lock_fd])
+    spool.close()
+    with pytest.raises(SpoolError, match="in use"):
+        Spool.open(path)
+    assert child.stdin is not None
+    child.stdin.close()
+    assert child.wait() == 0
+    open_spool(path)
+
+
+def test_a_newer_schema_is_refused(path: Path) -> None:
+    """A spool of a later version is not touched, and the message says so."""
+    Spool.open(path).close()
+    with sqlite3.connect(path) as db:
+        db.execute("PRAGMA user_version = 2")
+    db.close()
+    before = path.read_bytes()
+    with pytest.raises(SpoolError, match=r"newer workerd \(schema 2, this one knows 1\)"):
+        Spool.open(path)
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("content", [b"hello\n", b"not a database " * 1000, b"SQLite format 3\0" + b"\xee" * 5000])
+def test_a_file_of_another_kind_is_left_alone(path: Path, content: bytes) -> None:
+    """What is not SQLite is refused in one line, unchanged, and the lock is given back."""
+    path.write_bytes(content)
+    for _ in range(2):
+        with pytest.raises(SpoolError, match=rf"the spool {path}: file is not a database .*move it away") as caught:
+            Spool.open(path)
+        assert "\n" not in str(caught.value)
+    assert path.read_bytes() == content
+
+
+def test_a_database_of_another_program_is_left_alone(path: Path) -> None:
+    """Tables that are not ours are refused, unchanged."""
+    db = sqlite3.connect(path)
+    db.execute("CREATE TABLE jobs (seq)")
+    db.commit()
+    db.close()
+    before = path.read_bytes()
+    with pytest.raises(SpoolError, match="another program"):
+        Spool.open(path)
+    assert path.read_bytes() == before
+
+
+def test_a_damaged_file_is_reported(path: Path, open_spool: Callable[[Path | None], Spool]) -> None:
+    """Damage is told as such, when it is met, and nothing is thrown away."""
+    spool = open_spool(path)
+    spool.commit(Changes(inserts=several(spool, 2000)))
+    spool.close()
+    with path.open("r+b") as file:
+        file.seek(4096)
+        file.write(b"\xa5" * (path.stat().st_size - 4096))
+    with pytest.raises(SpoolError, match="damaged"):  # noqa: PT012 - it may be met at once or later
+        spool = open_spool(path)
+        ready(spool)
+
+
+def test_an_impossible_path_is_reported(tmp_path: Path) -> None:
+    """A path that cannot be is one clear line."""
+    (tmp_path / "file").touch()
+    with pytest.raises(SpoolError, match=r"cannot be opened: .*file"):
+        Spool.open(tmp_path / "file" / "spool.db")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(SpoolError, match="Is a directory"):
+        Spool.open(tmp_path / "folder")
+
+
+def test_an_old_sqlite_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An SQLite that lacks what is needed is named, with the version to install."""
+    monkeypatch.setattr(sqlite3, "sqlite_version_info", (3, 34, 1))
+    with pytest.raises(SpoolError, match=r"too old for the spool; install 3\.40 or newer"):
+        Spool.open(None)
+
+
+# --- failures ---------------------------------------------------------------------------------------------
+
+
+def test_a_full_disk_refuses_and_recovers(path: Path, open_spool: Callable[[Path | None], Spool]) -> None:
+    """Without space a commit changes nothing and says why; with space the next one works."""
+    spool = open_spool(path)
+    before = several(spool, 3)
+    spool.commit(Changes(inserts=before))
+    spool._db.execute(f"PRAGMA max_page_count = {spool._one('PRAGMA page_count') + 5}").fetchall()
+    large = [make(spool.first_seq + 10 + i, arguments=b"x" * 10_000) for i in range(50)]
+    with pytest.raises(SpoolError, match=rf"the spool {path}: .*full.*no space is left"):
+        spool.commit(Changes(inserts=large, deletes=[before[0].seq]))
+    assert ready(spool) == [stored(job) for job in before]
+    spool.commit(Changes(deletes=[before[0].seq]))
+    spool._db.execute("PRAGMA max_page_count = 1000000").fetchall()
+    spool.commit(Changes(inserts=large))
+    assert seqs(ready(spool)) == seqs(before[1:] + large)
+
+
+def test_a_seq_given_twice_is_a_failure(spool: Spool) -> None:
+    """Two jobs are never mixed up: the second with a seq is refused with its whole commit."""
+    spool.commit(Changes(inserts=[make(5, arguments=b"first")]))
+    with pytest.raises(SpoolError, match="UNIQUE"):
+        spool.commit(Changes(inserts=[make(6), make(5, arguments=b"second")]))
+    assert [(job.seq, job.arguments) for job in ready(spool)] == [(5, b"first")]
+
+
+def test_a_locked_database_is_reported(path: Path, open_spool: Callable[[Path | None], Spool]) -> None:
+    """While a stranger writes to the file, commits fail with a remedy; afterwards they work."""
+    spool = open_spool(path)
+    spool._db.execute("PRAGMA busy_timeout = 0").fetchall()
+    stranger = sqlite3.connect(path, isolation_level=None)
+    stranger.execute("BEGIN IMMEDIATE")
+    with pytest.raises(SpoolError, match="another program holds a lock"):
+        spool.commit(Changes(inserts=[make(1)]))
+    stranger.close()
+    spool.commit(Changes(inserts=[make(1)]))
+
+
+def test_after_close_nothing_works(path: Path) -> None:
+    """A closed spool says so as any other failure, and closing leaves one file and the lock."""
+    spool = Spool.open(path)
+    spool.commit(Changes(inserts=[make(1)]))
+    spool.close()
+    with pytest.raises(SpoolError, match="closed"):
+        spool.commit(Changes(inserts=[make(2)]))
+    assert {file.name for file in path.parent.iterdir()} == {"spool.db", "spool.db.lock"}
+
+
+def test_another_thread_may_use_it(spool: Spool) -> None:
+    """The thread that opens need not be the one that works; `size` may be asked from anywhere."""
+    thread = threading.Thread(target=spool.commit, args=[Changes(inserts=several(spool, 100))])
+    thread.start()
+    thread.join()
+    assert len(ready(spool)) == 100
+    assert spool.size() > 4096
+
+
+COMMITTER = """
+import sys
+from pathlib import Path
+from workerd.job import Job, Options
+from workerd.spool import Changes, Spool
+
+spool = Spool.open(Path(sys.argv[1]))
+seq = spool.first_seq
+while True:
+    jobs = [Job(seq + i, "target", b"[%d]" % (seq + i), Options(), 1.0, 1.0) for i in range(20)]
+    spool.commit(Changes(inserts=jobs))
+    seq += 20
+    print(seq - 1, flush=True)
+"""
+
+
+def test_kill_9_loses_nothing_committed(path: Path, open_spool: Callable[[Path | None], Spool]) -> None:
+    """Whatever a daemon had committed when it was killed is there, also when it is killed again and again."""
+    highest = []
+    for round_ in range(3):
+        child = subprocess.Popen(
+            [sys.executable, "-c", COMMITTER, str(path)], stdout=subprocess.PIPE, text=True, cwd=ROOT
+        )  # fmt: skip
+        assert child.stdout is not None
+        for _ in range(5 + 7 * round_):
+            last = int(child.stdout.readline())
+        child.send_signal(signal.SIGKILL)
+        last = max([last, *map(int, child.stdout.read().split())])
+        child.stdout.close()
+        child.wait()
+        highest.append(last)
+    spool = open_spool(path)
+    found = {job.seq: job.arguments for job in ready(spool)}
+    for epoch, last in enumerate(highest, 1):
+        for seq in range((epoch << 40) + 1, last + 1):
+            assert found[seq] == b"[%d]" % seq
+    assert spool.first_seq == (4 << 40) + 1
+
+
+def test_a_copy_of_the_files_in_use_is_whole(
+    path: Path, tmp_path: Path, open_spool: Callable[[Path | None], Spool]
+) -> None:
+    """When commit() has returned, the files on the disk hold the jobs: nothing is kept back in the process."""
+    spool = open_spool(path)
+    jobs = several(spool, 100)
+    spool.commit(Changes(inserts=jobs))
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for name in ("spool.db", "spool.db-wal"):
+        shutil.copy(tmp_path / name, copy / name)
+    assert ready(open_spool(copy / "spool.db")) == [stored(job) for job in jobs]
