@@ -163,7 +163,7 @@ class Supervisor:
         self._queue = PureQueue(max_jobs=sys.maxsize, window=UNLIMITED, window_bytes=UNLIMITED)
         self._frames = FrameReader()
         self._seq = 0
-        self._retirements: deque[int] = deque()  # the seq of the last job put before each `False`
+        self._inbox: deque[Any] = deque()  # messages of the program that were not acted on yet
         self._joins = 0
         self._finishing = False
         self._done = asyncio.Event()
@@ -201,42 +201,50 @@ class Supervisor:
 
     def _read(self) -> None:
         data = os.read(self._connection.fileno(), 2**18)
-        now = time.time()
-        jobs: list[Job] = []
-        for encoded in self._frames.feed(data):
-            kind, *fields = msgspec.msgpack.decode(encoded)
-            if kind == PUT:
-                target, arguments, options = fields
-                self._seq += 1
-                chosen = DEFAULTS if options is None else msgspec.convert(options, Options)
-                jobs.append(Job(self._seq, target, arguments, chosen, now, now))
-            elif kind == RETIRE:
-                self._retirements.append(self._seq)
-            elif kind == JOIN:
-                self._joins += 1
-            else:
-                self._finishing = True
+        self._inbox += [msgspec.msgpack.decode(message) for message in self._frames.feed(data)]
         if not data:
             asyncio.get_running_loop().remove_reader(self._connection.fileno())
-            self._finishing = True
-        self._queue.enter(jobs, now)
-        self._pool.dispatch()
+            self._inbox.append([FINISH])
         self.settled()
 
     def settled(self) -> None:
-        ready = [line.jobs[0].seq for line in self._queue.backlog.lines.values() if line.jobs]
-        while self._retirements and (not ready or min(ready) > self._retirements[0]):
-            self._retirements.popleft()
-            self._pool.retire_one()
+        self._work_inbox()
         stuck = self._pool.current.wanted == 0 and not self._pool.workers()
-        if self._queue.total == 0 or stuck:
-            for _ in range(self._joins):
-                self._connection.send_bytes(b"")
-            self._joins = 0
-            if self._finishing:
-                if self._queue.total:
-                    _say(f"{self._queue.total} jobs were left, because every worker was retired")
-                self._done.set()
+        if self._queue.total and not stuck:
+            return
+        for _ in range(self._joins):
+            self._connection.send_bytes(b"")
+        self._joins = 0
+        left = self._queue.total + sum(message[0] == PUT for message in self._inbox)
+        if (self._finishing or (stuck and [FINISH] in self._inbox)) and not self._done.is_set():
+            if left:
+                _say(f"{left} jobs were left, because every worker was retired")
+            self._done.set()
+
+    def _work_inbox(self) -> None:
+        """Act on the program's messages, in order: a `False` waits until all jobs before it are begun."""
+        inbox = self._inbox
+        now = time.time()
+        while inbox:
+            jobs: list[Job] = []
+            while inbox and inbox[0][0] == PUT:
+                _, target, arguments, options = inbox.popleft()
+                self._seq += 1
+                chosen = DEFAULTS if options is None else msgspec.convert(options, Options)
+                jobs.append(Job(self._seq, target, arguments, chosen, now, now))
+            self._queue.enter(jobs, now)
+            self._pool.dispatch()
+            if not inbox:
+                return
+            if inbox[0][0] == RETIRE:
+                if self._queue.has_ready() or any(process.unstarted() for process in self._pool.workers()):
+                    return
+                self._pool.retire_one()
+            elif inbox[0][0] == JOIN:
+                self._joins += 1
+            else:
+                self._finishing = True
+            inbox.popleft()
 
     def succeeded(self, target: str, jobs: list[Job], durations: list[int], started: int) -> None:
         """Nothing is kept of a job that went well."""
