@@ -162,7 +162,8 @@ def submit(
 ) -> int:
     """Submit a job, or the jobs of a file.
 
-    Prints the id, or with --wait the result; for a file, a summary. ARGUMENTS_JSON is handed to the method, null when left out. Defaults of the options can be set in the configuration.
+    Prints the id, or with --wait the result; for a file, a summary. ARGUMENTS_JSON is handed to the method, null
+    when left out. Defaults of the options can be set in the configuration.
     """
     given = {name: value for name, value in options.items() if value is not None}
     if file is not None:

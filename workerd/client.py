@@ -20,7 +20,7 @@ from workerd.connection import DEFAULT_SOCKET, connect
 from workerd.errors import Refusal, UnavailableError, WorkerdError
 from workerd.lines import JobLines
 from workerd.pipeline import Pipeline
-from workerd.replies import ENDED, Failure, Reply, Summary, decode_replies, unintelligible
+from workerd.replies import ENDED, Failure, Reply, Summary, decode_reply, unintelligible
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -90,7 +90,7 @@ class Client:
     def offer(self, target: str, arguments: Any = None, **options: Any) -> tuple[str, bool]:
         """Like submit; and whether the job is new (not a duplicate, for which no result would come)."""
         line = self._exchange({"target": target, "arguments": arguments, **options})
-        (reply,) = decode_replies(self.path, line)
+        reply = decode_reply(self.path, line)
         if reply.error:
             raise Refusal(reply.error.code, reply.error.message)
         if reply.id is None or reply.status not in {"accepted", "duplicate"}:
@@ -192,7 +192,7 @@ class Client:
     def _keep_result(self, line: bytes) -> bool:
         if not self._awaited:
             return False
-        (reply,) = decode_replies(self.path, line) or (Reply(),)
+        reply = decode_reply(self.path, line)
         if reply.status not in ENDED or reply.id is None:
             return False
         if reply.id in self._awaited:

@@ -93,7 +93,7 @@ class Pipeline:
                     self._converse()
                     reason = "the daemon is draining"
                 except _LostError as loss:
-                    reason = str(loss)
+                    reason = self.summary.trouble = str(loss)
                     self._settle_loss(unread=loss.unread)
                 if self._finished():
                     return self.summary
@@ -108,9 +108,11 @@ class Pipeline:
 
     def _converse(self) -> None:
         """Exchange lines until all is done, or until a draining daemon has answered all it was sent."""
-        while not (self._finished() or (self._draining and not self._flight and not self._results)):
+        while True:
             if not self._sending:
                 self._send_next()
+            if self._finished() or (self._draining and not self._flight and not self._results):
+                return
             poll = select.poll()
             poll.register(self._sock, select.POLLIN | (select.POLLOUT if self._sending else 0))
             if (fd := self._lines.fd) is not None and not self._sending and self._may_read():
@@ -141,7 +143,7 @@ class Pipeline:
                 self._on_reply(number, Reply(error=failure))
 
     def _send_next(self) -> None:
-        if self._lines.fd is None and self._may_read():
+        while self._lines.fd is None and self._may_read():
             self._read()
         if self._again and not self._draining:
             block = self._again.popleft()
@@ -282,9 +284,8 @@ class Pipeline:
         """Come back with another connection. Raises UnavailableError when there was none in time."""
         self._sock.close()
         self._rest()
-        now = time.monotonic()
         first = self._trouble_since is None
-        self._trouble_since = self._trouble_since or now
+        self._trouble_since = self._trouble_since or time.monotonic()
         deadline = self._trouble_since + self._reconnect_for
         if first and self._on_notice and self._reconnect_for:
             self._on_notice(f"{reason}; trying again for up to {self._reconnect_for:g} s")

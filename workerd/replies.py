@@ -59,6 +59,7 @@ class Summary(msgspec.Struct):
     deaths: list[Reply] = msgspec.field(default_factory=list)
     results_lost: int = 0  # of accepted jobs: the connection that the result would have come over is gone
     reconnects: int = 0
+    trouble: str = ""  # how the connection was lost, the last time
     seconds: float = 0.0
 
     @property
@@ -85,7 +86,16 @@ class Summary(msgspec.Struct):
         self.deaths += dead[: SHOWN - len(self.deaths)]
 
 
+_decode = msgspec.json.Decoder(Reply).decode
 _decode_lines = msgspec.json.Decoder(Reply).decode_lines
+
+
+def decode_reply(path: str, line: bytes) -> Reply:
+    """One reply. Raises UnavailableError where there is something else."""
+    try:
+        return _decode(line)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        raise unintelligible(path, line) from None
 
 
 def decode_replies(path: str, lines: bytes) -> list[Reply]:

@@ -127,7 +127,7 @@ def _print_summary(summary: Summary, *, wait: bool) -> None:
     if summary.unacknowledged:
         complain(
             f"{count(len(summary.unacknowledged), 'job')} ({_ranges(summary.unacknowledged)}) may have been "
-            f'accepted or not: the connection was lost first; with an "id" in each job they could be sent again safely'
+            f'accepted or not: {summary.trouble}; with an "id" in each job they could be sent again safely'
         )
     if summary.results_lost:
         complain(
