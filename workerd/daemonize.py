@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
+FAILURES = set(Exit) - {Exit.OK}
 UMASK = 0o077  # as in workerd.service; the socket gets the mode of the configuration
 
 
@@ -162,7 +163,7 @@ def _wait(reader: int, logfile: Path, announce: Callable[[int], None]) -> int:
         announce(outcome.pid)
         return Exit.OK
     error = WorkerdError(f"{outcome.problem}\nthe daemon did not start; {logfile} may say more")
-    error.exit_status = Exit(outcome.status or Exit.SOFTWARE)
+    error.exit_status = Exit(outcome.status) if outcome.status in FAILURES else Exit.SOFTWARE
     raise error
 
 

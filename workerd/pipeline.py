@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from workerd.connection import connect
 from workerd.errors import Code, UnavailableError
-from workerd.lines import Block, has_id
+from workerd.lines import CHUNK, Block, has_id
 from workerd.replies import ENDED, Reply, Summary, decode_replies, unintelligible
 
 if TYPE_CHECKING:
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
 WINDOW_JOBS = 65536  # unanswered at any time
 WINDOW_BYTES = 8 << 20
-READ_SIZE = 1 << 18
 
 
 class _LostError(Exception):
@@ -168,7 +167,7 @@ class Pipeline:
 
     def _receive(self) -> None:
         try:
-            data = self._sock.recv(READ_SIZE)
+            data = self._sock.recv(CHUNK)
         except BlockingIOError:
             raise
         except OSError as error:
