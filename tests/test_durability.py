@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import signal
 import socket
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
-
 from daemon_process import Daemon, Process, job, wait_until
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 SOURCE = """
 import ctypes, os, time
@@ -33,7 +35,8 @@ def numbers(ledger: Path) -> list[int]:
 
 def test_kill_9_of_the_daemon_loses_no_acknowledged_job(tmp_path: Path) -> None:
     """1,000 acknowledged jobs behind two that block: SIGKILL of the daemon, its workers die with it although they are
-    inside a C call; after a restart everything runs, and exactly the two interrupted jobs are charged a crash."""
+    inside a C call; after a restart everything runs, and exactly the two interrupted jobs are charged a crash.
+    """
     ledger, blocked = tmp_path / "ledger", tmp_path / "blocked"
     with Daemon(tmp_path, SOURCE) as daemon:
         with daemon.connect() as client:

@@ -10,8 +10,8 @@ import threading
 from pathlib import Path
 
 import pytest
-
 from daemon_process import Process, wait_until
+
 from workerd import StartWorkers
 
 ROOT = Path(__file__).parents[1]
@@ -174,7 +174,7 @@ def test_what_is_no_job_is_refused_at_once() -> None:
     with pytest.raises(TypeError, match="no public method"):
         StartWorkers(1, object())
     with StartWorkers(1, Attributes()) as queue:
-        with pytest.raises(ValueError, match="'play'.*work"):
+        with pytest.raises(ValueError, match=r"'play'.*work"):
             queue.put({"target": "play"})
         with pytest.raises(ValueError, match="timeout"):
             queue.put({"target": "work", "timeout": "soon"})

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from daemon_process import Daemon, job
 from hypothesis import given
 from hypothesis import strategies as st
 
 import workerd
-from daemon_process import Daemon, job
 from workerd.errors import Code
 from workerd.protocol import Batch, Dead, Framer, Plain, Problem, Retire, Single
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import os
 import signal
 import threading
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-
 from daemon_process import Daemon, job, wait_until
 
 if TYPE_CHECKING:
@@ -69,7 +70,8 @@ def test_a_job_that_kills_its_workers_is_buried_and_nothing_else_suffers(
     daemon: Daemon, target: str, arguments: object
 ) -> None:
     """A segfault, a SIGKILL, an exit, also with status 0, costs the job a crash: after max_crashes it is dead,
-    kept with the reason. Jobs around it run exactly once and are charged nothing."""
+    kept with the reason. Jobs around it run exactly once and are charged nothing.
+    """
     with daemon.connect() as client:
         others = [job("pid", reply="result") for _ in range(20)]
         poison = job(target, arguments, reply="result", max_crashes=2, backoff={"base": 0.01, "cap": 0.01})
@@ -163,13 +165,14 @@ def test_what_jobs_write_is_in_the_log_with_worker_and_job(daemon: Daemon) -> No
 
 def test_quick_jobs_do_not_wait_behind_a_slow_one(daemon: Daemon) -> None:
     """A slow job in a target that used to be quick: what was given to its worker with it is taken back and run by
-    the idle worker, while the slow one is still running."""
+    the idle worker, while the slow one is still running.
+    """
     with daemon.connect() as client:
         assert all(reply["status"] == "accepted" for reply in client.pipeline([job("sleep", 0) for _ in range(300)]))
         daemon.wait_until_done()
         requests = [job("sleep", 0, reply="result") for _ in range(300)]
         requests[10] = job("sleep", 600, reply="result", id="slow", timeout=20)
-        client.send(b"".join(__import__("json").dumps(request).encode() + b"\n" for request in requests))
+        client.send(b"".join(json.dumps(request).encode() + b"\n" for request in requests))
         lines = [client.recv() for _ in range(2 * len(requests) - 1)]
         ended = [line for line in lines if line["status"] != "accepted"]
         assert len(ended) == 299
@@ -184,8 +187,6 @@ def test_a_killed_fork_server_is_replaced_with_its_workers(daemon: Daemon) -> No
     workers = daemon.workers()
     parents = {int(Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[1]) for process in workers}
     assert len(parents) == 1
-    import os  # noqa: PLC0415
-
     os.kill(parents.pop(), signal.SIGKILL)
     wait_until(lambda: not any(process.alive for process in workers), "the old workers are gone")
     daemon.wait_until(lambda status: status["workers"]["idle"] == 2, "two workers again")

@@ -18,7 +18,7 @@ JobTimeout.__module__ = __name__  # where users import it from, and what traceba
 def __getattr__(name: str) -> Any:
     # Lazily, so that neither a worker nor the command line pays for what it does not use.
     if name in ("JobQueue", "StartWorkers"):
-        from workerd import local  # noqa: PLC0415 - see above
+        from workerd import local
 
         return getattr(local, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -49,6 +49,7 @@ class Backlog:
         self.scheduled_cursor = (inf, 0)  # scheduled jobs up to here are in memory
         self.scheduled_loading = False
         self.spilled: list[Job] = []  # jobs that left memory for the spool; the owner empties it
+        self.frozen = 0  # the seq from which on dead jobs are being revived; 0: none are
         self.in_memory = 0  # ready jobs in memory, and the bytes of their arguments
         self.bytes_in_memory = 0
 
@@ -65,8 +66,8 @@ class Backlog:
                 priority = job.options.priority
                 line = self.line(priority)
             assert line is not None
-            if (line.stored and job.seq > line.cursor) or not self._has_room(line):
-                if not line.stored:
+            if ((line.stored or self.frozen) and job.seq > line.cursor) or not self._has_room(line):
+                if not (line.stored or self.frozen):
                     line.cursor = job.seq - 1
                 line.stored += 1
                 self.spilled.append(job)
@@ -83,18 +84,26 @@ class Backlog:
         if scheduled:
             self.scheduled_cursor = (-inf, 0)
 
-    def revived(self, ready: dict[int, int], first: int) -> None:
-        """Dead jobs were made ready again in the spool, under seqs from `first` on."""
-        for priority, count in ready.items():
-            line = self.line(priority)
+    def freeze(self, first: int) -> None:
+        """Dead jobs are about to be made ready in the spool, under seqs from `first` on.
+
+        Until `thaw` no cursor passes `first`: what comes in stays in the spool, and nothing is read from it.
+        """
+        self.frozen = first
+        for line in self.lines.values():
             if not line.stored:
                 line.cursor = first - 1
-            line.stored += count
+
+    def thaw(self, ready: dict[int, int]) -> None:
+        """It is done: so many of each priority."""
+        for priority, count in ready.items():
+            self.line(priority).stored += count
+        self.frozen = 0
 
     def line(self, priority: int) -> Line:
         line = self.lines.get(priority)
         if line is None:
-            self.lines[priority] = line = Line(deque())
+            self.lines[priority] = line = Line(deque(), cursor=self.frozen - 1 if self.frozen else 0)
             # kept in order of urgency, so that looking for work is a walk from the front
             self.lines = dict(sorted(self.lines.items()))
         return line
@@ -122,6 +131,8 @@ class Backlog:
 
     def wanted(self) -> Refill | None:
         """The next piece of the backlog that should be read from the spool now, if any. Ask until None."""
+        if self.frozen:
+            return None
         for priority, line in self.lines.items():
             if line.stored and not line.loading and len(line.jobs) < self.window / 8 and self._has_room(line):
                 line.loading = True
@@ -133,6 +144,9 @@ class Backlog:
 
     def refilled(self, refill: Refill, jobs: Sequence[Job]) -> None:
         """Take in what the spool had for `refill`."""
+        if self.frozen:  # it may have read past what is being revived
+            self.refill_failed(refill)
+            return
         if refill.priority is None:
             self.scheduled_loading = False
             self.scheduled_stored -= len(jobs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import time
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from workerd.process import WorkerProcess
     from workerd.spool import DeadJob, Spool
 
+REVIVE_JOBS = 50_000  # dead jobs that are made ready again in one transaction
+
 
 class Control:
     """Answers commands. `state` says what the daemon is doing, `metrics_address` where it is scraped."""
@@ -31,6 +34,7 @@ class Control:
         self.metrics_address: str | None = None
         self._state = state
         self._began = time.monotonic()
+        self._reviving = asyncio.Lock()
 
     def handle(self, request: protocol.Request, reply: Reply) -> None:
         """Answer any request; jobs go to the engine."""
@@ -157,19 +161,30 @@ class Control:
         }
 
     async def _retry_dead(self, request: protocol.Dead) -> dict[str, Any] | None:
-        engine = self.engine
+        engine, selection = self.engine, structs.asdict(request)
+        total = 0
+        while True:
+            async with self._reviving:
+                count = await self._revive(selection, min(engine.dead, REVIVE_JOBS))
+            total += count
+            if count < REVIVE_JOBS:
+                return {"retried": total} if total or request.id is None else None
+
+    async def _revive(self, selection: dict[str, Any], limit: int) -> int:
         # revived jobs join the end of their lines, so they need new places in the order
+        engine, now = self.engine, time.time()
         first = engine.next_seq
-        engine.next_seq += engine.dead
-        selection = structs.asdict(request)
-        ready = await engine.writer.call(lambda spool: spool.revive(selection, first))
+        engine.next_seq += limit
+        ready: dict[int, int] = {}
+        engine.queue.backlog.freeze(first)
+        try:
+            ready = await engine.writer.call(lambda spool: spool.revive(selection, first, limit=limit, now=now))
+        finally:
+            engine.queue.revived(ready)
+            engine.settled()
         count = sum(ready.values())
-        if request.id is not None and not count:
-            return None
         engine.dead -= count
-        engine.queue.revived(ready, first)
-        engine.settled()
-        return {"retried": count}
+        return count
 
     async def _delete_dead(self, request: protocol.Dead) -> dict[str, Any] | None:
         now = time.time()

@@ -12,11 +12,11 @@ import logging
 import signal
 import sys
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import uvloop
 
-from workerd import __version__, config, forkserver, log, metrics, notify, worker
+from workerd import __version__, config, forkserver, log, metrics, notify, scrape, worker
 from workerd.claims import Claims
 from workerd.control import Control
 from workerd.engine import Engine
@@ -88,7 +88,7 @@ class Daemon:
         logger.info("stopped: %d jobs %s", self.engine.queue.total, kept, extra={"event": "daemon_stopped"})
         return Exit.OK
 
-    async def _either(self, task: asyncio.Task[None]) -> None:
+    async def _either(self, task: asyncio.Task[Any]) -> None:
         """Wait until the task is done, or the daemon is told to stop."""
         stopping = self._loop.create_task(self._stop.wait())
         await asyncio.wait((stopping, task), return_when=asyncio.FIRST_COMPLETED)
@@ -99,11 +99,7 @@ class Daemon:
     async def _start(self) -> None:
         settings = self.settings
         feeder_socket, metrics_socket = self._bind()
-        self.feeder = Feeder(
-            lambda request, reply: self.control.handle(request, reply),
-            settings.feeder.max_line,
-            settings.feeder.max_connections,
-        )
+        self.feeder = Feeder(settings.feeder.max_line, settings.feeder.max_connections)
         self._exits.push_async_callback(self.feeder.close)  # the last to go: it sends what the others had to say
         path = settings.spool.path
         spool = await asyncio.to_thread(Spool.open, path)
@@ -121,7 +117,7 @@ class Daemon:
         generation = await self._load(settings)
         self._use(settings, generation)
         await self.pool.adopt(generation)
-        await self.feeder.listen(feeder_socket)
+        await self.feeder.listen(feeder_socket, self.control.handle)
         self._start_metrics(metrics_socket)
         self._loop.call_later(PURGE_INTERVAL, self._purge)
         gc.collect()
@@ -141,7 +137,7 @@ class Daemon:
             self._exits.callback(file.close)
             feeder_socket = file.socket
         if settings.metrics.listen is not None:
-            metrics_socket = metrics_socket or metrics.bind(*settings.metrics.listen)
+            metrics_socket = metrics_socket or scrape.bind(*settings.metrics.listen)
         elif metrics_socket is not None:
             metrics_socket.close()
             metrics_socket = None
@@ -153,7 +149,7 @@ class Daemon:
         host, port = sock.getsockname()[:2]
         self.control.metrics_address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         self.metrics.snapshot = self.reporter.snapshot
-        server = metrics.MetricsServer(sock, self.metrics, self.reporter.healthy, self.reporter.is_ready)
+        server = scrape.MetricsServer(sock, self.metrics.registry, self.reporter.healthy, self.reporter.is_ready)
         server.start()
         self._exits.callback(server.stop)
 

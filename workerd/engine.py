@@ -22,12 +22,12 @@ from workerd.job import Job, Options, State
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from workerd.backlog import Refill
     from workerd.feeder import Reply
     from workerd.metrics import Metrics
     from workerd.pool import Pool
-    from workerd.backlog import Refill
     from workerd.queue import JobQueue
-    from workerd.spool import Committed, Spool
+    from workerd.spool import Spool
     from workerd.writer import Writer
 
 log = logging.getLogger("workerd")

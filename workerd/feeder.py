@@ -160,15 +160,14 @@ class Connection(asyncio.Protocol):
 
 
 class Feeder:
-    """All connections. `handle(request, reply)` must complete each reply, now or later."""
+    """All connections."""
 
     def __init__(
         self,
-        handle: Callable[[protocol.Request, Reply], None],
         max_line: int,
         max_connections: int,
     ) -> None:
-        self.handle = handle
+        self.handle: Callable[[protocol.Request, Reply], None]
         self.max_line = max_line
         self.max_connections = max_connections
         self.pending = 0  # bytes of requests without a reply, of all connections
@@ -177,8 +176,9 @@ class Feeder:
         self._server: asyncio.Server | None = None
         self._socket: socket.socket | None = None
 
-    async def listen(self, sock: socket.socket) -> None:
-        """Accept clients on a bound socket, which stays the caller's."""
+    async def listen(self, sock: socket.socket, handle: Callable[[protocol.Request, Reply], None]) -> None:
+        """Accept clients on a bound socket, which stays the caller's; `handle` completes each reply, now or later."""
+        self.handle = handle
         self._socket = sock.dup()
         sock.listen(BACKLOG)
         loop = asyncio.get_running_loop()

@@ -44,7 +44,7 @@ class ForkServer:
         self.socket = sock
         self.process = process
         self._decode = msgspec.json.Decoder(Message).decode
-        sock.setblocking(False)  # noqa: FBT003 - the name of the socket's own method says what it means
+        sock.setblocking(False)
 
     @classmethod
     def start(cls, spec: Spec, claims_fd: int) -> ForkServer:
@@ -87,7 +87,7 @@ def inspect(class_path: str, path: Sequence[Path]) -> list[Target]:
     claims = Claims.open(None)
     server = ForkServer.start(make_spec(class_path, path, worker.Settings()), claims.fd)
     try:
-        server.socket.setblocking(True)  # noqa: FBT003 - as above
+        server.socket.setblocking(True)
         message = server.receive()
     finally:
         server.close()

@@ -10,6 +10,7 @@ instance and no `if __name__` guard is needed. When the program ends, however it
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import pickle
 import signal
@@ -19,7 +20,7 @@ import threading
 import time
 from collections import deque
 from multiprocessing import get_context, util
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import msgspec
 
@@ -74,7 +75,7 @@ class JobQueue:
             self, _finish, args=(self._connection, self._process, os.getpid()), exitpriority=100
         )
 
-    def put(self, job: Mapping[str, Any] | bool) -> None:  # noqa: FBT001 - the seed library's contract
+    def put(self, job: Mapping[str, Any] | bool) -> None:
         """Queue `{"target": name, "arguments": anything that pickles}`; or retire one worker with `False`.
 
         A worker retires once the jobs put before are taken. The job's options (timeout, max_attempts...) are
@@ -111,7 +112,7 @@ class JobQueue:
         """Run what is queued, then end the workers. The queue cannot be used any more."""
         self._finish()
 
-    def __enter__(self) -> JobQueue:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -132,10 +133,8 @@ def _finish(connection: Connection, process: Any, owner: int) -> None:
     if interrupted:
         process.kill()
     else:
-        try:
+        with contextlib.suppress(OSError):  # it is gone already
             connection.send_bytes(msgspec.msgpack.encode((FINISH,)))
-        except OSError:
-            pass  # it is gone already
     try:
         process.join()
     finally:

@@ -139,7 +139,7 @@ class Pool:
         process.slot[SEQ] = 0
         del generation.workers[process.number]
         heapq.heappush(self._free_slots, process.number)
-        self.observer.worker_exited(process.number, exit_reason(process, status), status, victim)
+        self.observer.worker_exited(process.number, process.exit_reason(status), status, victim)
         if process.phase is Phase.STARTING:
             generation.start_failed()
         if not self.workers():
@@ -299,14 +299,3 @@ class Pool:
         for generation in self.generations:
             generation.close()
         self.claims.clear()
-
-
-def exit_reason(process: WorkerProcess, status: int) -> str:
-    """Why a worker is gone, in one word of a closed list."""
-    if process.expired:
-        return "timed_out"
-    if process.phase is Phase.STARTING:
-        return "start_failed"
-    if process.phase is Phase.RETIRING and status == 0:
-        return "retired"
-    return "killed" if status < 0 else "exited"

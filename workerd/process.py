@@ -62,11 +62,11 @@ class WorkerProcess:
             slot[word] = 0
         slot[claims.REVOKED_FROM] = claims.NEVER
         self.socket, self.child_socket = socket.socketpair()
-        self.socket.setblocking(False)  # noqa: FBT003 - the name of the socket's own method says what it means
+        self.socket.setblocking(False)
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
         self.child_socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
         self.output, self.child_output = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-        os.set_blocking(self.child_output, True)  # noqa: FBT003 - as above
+        os.set_blocking(self.child_output, True)
         self._frames = FrameReader()
         self._unsent = bytearray()
         self._line = b""
@@ -176,6 +176,16 @@ class WorkerProcess:
         if self.pid:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self.pid, signal.SIGKILL)
+
+    def exit_reason(self, status: int) -> str:
+        """Why it is gone, in one word of a closed list."""
+        if self.expired:
+            return "timed_out"
+        if self.phase is Phase.STARTING:
+            return "start_failed"
+        if self.phase is Phase.RETIRING and status == 0:
+            return "retired"
+        return "killed" if status < 0 else "exited"
 
     # --- claims -------------------------------------------------------------------------------------------
 

@@ -76,10 +76,10 @@ class JobQueue:
         self.total += sum(ready.values()) + scheduled
         self.backlog.recover(ready, scheduled)
 
-    def revived(self, ready: dict[int, int], first: int) -> None:
-        """Dead jobs were made ready again in the spool, under seqs from `first` on."""
+    def revived(self, ready: dict[int, int]) -> None:
+        """Dead jobs are ready again in the spool; `backlog.freeze` was called before."""
         self.total += sum(ready.values())
-        self.backlog.revived(ready, first)
+        self.backlog.thaw(ready)
 
     def refused(self, jobs: Iterable[Job]) -> None:
         """Withdraw jobs that the spool could not store. Those that a worker holds already are left to it."""

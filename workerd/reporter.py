@@ -114,7 +114,7 @@ class Reporter:
         )
 
     def healthy(self) -> tuple[bool, str]:
-        """From the metrics thread: does the event loop still turn?"""
+        """Whether the event loop still turns; asked from the metrics thread."""
         turned = asyncio.run_coroutine_threadsafe(asyncio.sleep(0), self.loop)
         try:
             turned.result(HEALTH_TIMEOUT)

@@ -87,7 +87,7 @@ class Settler:
             return
         self.queue.succeeded(jobs)
         target = jobs[0].target
-        if all([job.target == target for job in jobs]):
+        if {job.target for job in jobs} == {target}:
             self.queue.learn(target, sum(durations) / len(durations) / 1e9)
             self.observer.succeeded(target, jobs, durations, started)
             return

@@ -246,7 +246,7 @@ def encode_result(result: object) -> tuple[int, object]:
 
 
 def resident_memory() -> int:
-    """This process's resident memory in bytes, from /proc (proc_pid_statm(5))."""
+    """The resident memory of this process in bytes, from /proc (proc_pid_statm(5))."""
     with open("/proc/self/statm", "rb") as file:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGESIZE")
 

@@ -77,9 +77,9 @@ class Writer:
             try:
                 result = function(self.spool)
             except BaseException as error:
-                self._loop.call_soon_threadsafe(_settle, done, None, error)
+                self._loop.call_soon_threadsafe(_set_exception, done, error)
             else:
-                self._loop.call_soon_threadsafe(_settle, done, result, None)
+                self._loop.call_soon_threadsafe(_set_result, done, result)
 
         self._calls.append(run)
         self.wake(urgent=True)
@@ -133,9 +133,12 @@ class Writer:
 
     def _restore(self, changes: Changes) -> None:
         """New jobs are refused, but what became of stored ones must be written some day."""
+        refused = set()
         for job in changes.inserts + changes.keyed:
             job.stored = False
+            refused.add(job.seq)
         later = self.changes
+        later.updates = [job for job in later.updates if job.seq not in refused]
         later.deletes[:0] = changes.deletes
         later.succeeded[:0] = changes.succeeded
         later.updates[:0] = changes.updates
@@ -150,10 +153,11 @@ class Writer:
         self._thread.shutdown()
 
 
-def _settle(future: asyncio.Future[T], result: T, error: BaseException | None) -> None:
-    if future.cancelled():
-        return
-    if error is not None:
-        future.set_exception(error)
-    else:
+def _set_result(future: asyncio.Future[T], result: T) -> None:
+    if not future.cancelled():
         future.set_result(result)
+
+
+def _set_exception(future: asyncio.Future[T], error: BaseException) -> None:
+    if not future.cancelled():
+        future.set_exception(error)
