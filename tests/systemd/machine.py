@@ -127,10 +127,10 @@ class Machine:
 
     def command(self, script: str, *, user: str = "root", environment: dict[str, str] | None = None) -> list[str]:
         """The command for this host that runs the shell script in the machine."""
-        enter = ["nsenter", "--target", str(self.leader), "--all", "--wd=/"]
+        enter = ["nsenter", "--target", str(self.leader), "--all"]
         become = ["setpriv", f"--reuid={user}", f"--regid={user}", "--init-groups"] if user != "root" else []
         clean = ["env", "-i", *(f"{name}={value}" for name, value in (ENVIRONMENT | (environment or {})).items())]
-        return [*enter, *become, *clean, "sh", "-c", script]
+        return [*enter, *become, *clean, "sh", "-c", f"cd / && {{ {script}\n}}"]
 
     def run(
         self,
