@@ -21,7 +21,10 @@ SERVER_BACKOFF = 1.0  # seconds between attempts to start a fork server that was
 
 
 class Generation:
-    """`start` makes the fork server, `on_exit(generation, process, status)` is told of each worker's end."""
+    """`start` makes the fork server.
+
+    `on_exit(generation, process, status)` is told of each worker's end, `on_restart()` of a new fork server.
+    """
 
     def __init__(
         self,
@@ -29,6 +32,7 @@ class Generation:
         start: Callable[[], forkserver.ForkServer],
         wanted: int,
         on_exit: Callable[[Generation, WorkerProcess, int], None],
+        on_restart: Callable[[], None],
     ) -> None:
         self.number = number
         self.wanted = wanted
@@ -42,6 +46,7 @@ class Generation:
         self.complete: asyncio.Future[None] = self.loop.create_future()  # all workers were ready once
         self._start = start
         self._on_exit = on_exit
+        self._on_restart = on_restart
 
     async def load(self) -> None:
         """Start the fork server and wait until it has imported the class. Raises ConfigError."""
@@ -118,6 +123,7 @@ class Generation:
                 await asyncio.sleep(SERVER_BACKOFF)
             else:
                 self.not_before = 0.0
+                self._on_restart()
                 return
 
 

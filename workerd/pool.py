@@ -68,7 +68,7 @@ class Pool:
     async def load(self, start: Callable[[], ForkServer], count: int) -> Generation:
         """Start a fork server and let it import the class. Raises ConfigError; nothing has changed then."""
         self._generation_number += 1
-        generation = Generation(self._generation_number, start, count, self._worker_gone)
+        generation = Generation(self._generation_number, start, count, self._worker_gone, self.converge)
         await generation.load()
         return generation
 
