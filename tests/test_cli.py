@@ -587,3 +587,172 @@ def test_run_refuses_a_bad_configuration(workerd: Cli, tmp_path: Path) -> None:
         done = workerd(*arguments, "--config", file)
         assert (done.status, done.err.count("\n")) == (Exit.CONFIG, 1)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["work.py", "workerd.toml"]
+
+
+# --- a real daemon ----------------------------------------------------------------------------------------
+
+
+def test_submit(workerd: Cli, daemon: Daemon) -> None:
+    """A job's id is printed; with --wait its result, as JSON; a duplicate is told."""
+    socket = ("--socket", daemon.socket)
+    assert workerd("submit", "double", "4", "--id", "mine", *socket) == (0, "mine\n", "")
+    done = workerd("submit", "double", "4", "--id", "mine", *socket)
+    assert (done.status, done.out) == (0, "mine\n")
+    assert "submitted before" in done.err
+    assert workerd("submit", "double", "4", "--id", "mine", "--wait", *socket).status == 1
+    assert workerd("submit", "echo", '{"x": "é\x7f"}', "--wait", *socket) == (0, '{"x":"é\\u007f"}\n', "")
+    assert workerd("submit", *socket, "--wait", "double", "--", "-4") == (0, "-8\n", "")
+
+
+def test_submit_and_fail(workerd: Cli, daemon: Daemon) -> None:
+    """A job that is waited for and dies is an error, with its traceback; one that is refused is a line."""
+    done = workerd("submit", "fail", '"no\\u001b"', "--wait", "--socket", daemon.socket)
+    assert (done.status, done.out) == (1, "")
+    first, *traceback = done.err.splitlines()
+    assert re.fullmatch(r"workerd: job \S+ is dead \(failed, 1 attempt\): ValueError: no\\x1b", first)
+    assert traceback[0] == "    Traceback (most recent call last):"
+    done = workerd("submit", "nothing", "--socket", daemon.socket)
+    assert (done.status, done.out, done.err.count("\n")) == (1, "", 1)
+    done = workerd("submit", "echo", "--priority", "999", "--socket", daemon.socket)
+    assert (done.status, done.out, done.err.count("\n")) == (1, "", 1)
+    assert "priority" in done.err
+
+
+def test_submit_file(workerd: Cli, daemon: Daemon, tmp_path: Path) -> None:
+    """A file is submitted with a summary; refused lines are named, and the second time all are duplicates."""
+    file = tmp_path / "jobs"
+    lines = [json.dumps({"target": "double", "arguments": number, "id": f"f{number}"}) for number in range(3000)]
+    lines[10:10] = ["", "false", '{"target": "nothing"}', '{"target": "double", "priority": -1}']
+    file.write_text("\n".join(lines))
+    done = workerd("submit", "--file", file, "--wait", "--socket", daemon.socket)
+    assert done.status == 1
+    assert done.out.startswith("3,000 accepted, 0 duplicates, 3 refused, 3,000 succeeded, 0 dead in ")
+    assert [line.split(": ")[:3] for line in done.err.splitlines()] == [
+        ["workerd", "line 12", "bad_request"],
+        ["workerd", "line 13", "unknown_target"],
+        ["workerd", "line 14", "bad_request"],
+    ]
+    assert len(json.loads(workerd("status", "--json", "--socket", daemon.socket).out)["processes"]) == 2
+    done = workerd("submit", "--file", file, "--socket", daemon.socket)
+    assert done.out.startswith("0 accepted, 3,000 duplicates, 3 refused in ")
+    assert re.search(r"[\d,]+ jobs/s$", done.out)
+
+
+def test_submit_standard_input_on_a_terminal(daemon: Daemon) -> None:
+    """On a terminal, with jobs from a pipe, there is a progress bar, and the summary stays."""
+    data = b'{"target":"double","arguments":1}\n' * 5000 + b'{"target":"fail","arguments":"on purpose"}\n'
+    done = on_terminal("submit", "--file", "-", "--wait", "--socket", daemon.socket, stdin=data)
+    assert done.status == 1
+    assert "5,001 accepted, 0 duplicates, 0 refused, 5,000 succeeded, 1 dead in " in done.out
+    assert "ValueError: on purpose" in done.out
+    assert "\x1b[?25l" in done.out  # the bar hides the cursor
+
+
+def test_missing_file(workerd: Cli, daemon: Daemon, tmp_path: Path) -> None:
+    """A file that is not there, or is none, is a line."""
+    for path, says in ((tmp_path / "none", "No such file"), (tmp_path, "is a directory")):
+        done = workerd("submit", "--file", path, "--socket", daemon.socket)
+        assert (done.status, done.out, done.err.count("\n")) == (1, "", 1)
+        assert says in done.err
+
+
+def test_status(workerd: Cli, daemon: Daemon) -> None:
+    """The status is aligned text, tables on a terminal, and JSON for programs."""
+    done = workerd("--socket", daemon.socket, "status")
+    assert (done.status, done.err) == (0, "")
+    assert re.search(rf"^socket +{daemon.socket}$", done.out, re.MULTILINE)
+    assert re.search(r"^TARGET +SUBMITTED +SUCCEEDED +RETRIED +DEAD$", done.out, re.MULTILINE)
+    assert json.loads(workerd("status", "--json", "--socket", daemon.socket).out)["workers"]["wanted"] == 2
+    done = on_terminal("status", "--socket", daemon.socket)
+    assert "───" in done.out
+    assert tamed(done.out)
+
+
+def test_dead(workerd: Cli, tmp_path: Path) -> None:
+    """Dead jobs are listed, shown, retried and deleted: by id, by target, all."""
+    with Daemon(tmp_path, CLASS) as daemon:
+
+        def run(*arguments: str) -> Done:
+            return workerd("dead", *arguments, "--socket", daemon.socket)
+
+        assert run() == (0, "There are no dead jobs.\n", "")
+        for place in range(5):
+            daemon.run("fail", f"number {place}", id=f"d{place}")
+        daemon.run("crash", id="c", max_crashes=1)
+        done = run()
+        assert done.status == 0
+        assert len(done.out.splitlines()) == 7
+        assert re.search(r"^d3 +fail .* 1 +0 +failed +ValueError: number 3$", done.out, re.MULTILINE)
+        assert re.search(r"^c +crash .* 0 +1 +crashed ", done.out, re.MULTILINE)
+        assert "2 of 6 dead jobs" in run("--limit", "2").out
+        assert len(run("--target", "crash").out.splitlines()) == 2
+        assert [json.loads(line)["id"] for line in run("--json", "--target", "crash").out.splitlines()] == ["c"]
+        shown = run("d1").out
+        assert re.search(r'^arguments +"number 1"$', shown, re.MULTILINE)
+        assert "    Traceback (most recent call last):" in shown
+        assert run("nobody").status == 1
+        assert "nobody" in run("nobody").err
+
+        done = run("--delete", "d0", "nobody", "d1")
+        assert (done.status, done.out, done.err.count("\n")) == (1, "2 jobs deleted\n", 1)
+        assert run("--retry", "--target", "fail").out == "3 jobs will run again\n"
+        daemon.wait_until(lambda status: status["jobs"]["dead"] == 4, "they died again")
+        assert run("--delete", "--all") == (0, "4 jobs deleted\n", "")
+        assert run().out == "There are no dead jobs.\n"
+
+
+def test_wait_and_the_daemon_goes(tmp_path: Path) -> None:
+    """Who waits for a result when the daemon is killed is told that the job is accepted and the result lost."""
+    with Daemon(tmp_path, CLASS) as daemon:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "workerd", "submit", "hang", "--wait", "--id", "h", "--socket", daemon.socket],
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        daemon.wait_until(lambda status: status["jobs"]["running"] == 1, "it runs")
+        daemon.kill()
+        out, err = process.communicate(timeout=60)
+    assert (process.returncode, out, err.count("\n")) == (Exit.UNAVAILABLE, "", 1)
+    assert "job h is accepted, but its result is lost" in err
+
+
+def test_ctrl_c_while_waiting(daemon: Daemon) -> None:
+    """Ctrl-C while a result is awaited says that the job goes on."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "workerd", "submit", "hang", "--wait", "--id", "h2", "--timeout", "60",
+         "--socket", daemon.socket],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )  # fmt: skip
+    daemon.wait_until(lambda status: status["jobs"]["running"] == 1, "it runs")
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out, err.strip()) == (130, "", "workerd: job h2 goes on")
+
+
+def test_run_daemonize(workerd: Cli, short_path: Path) -> None:
+    """`run --daemonize` returns when the daemon serves; its pidfile lies beside the socket, its log beside the spool."""
+    file = configure(short_path, '[spool]\npath = "state/spool.db"\n[metrics]\nlisten = ""\n')
+    command = [sys.executable, "-m", "workerd", "run", "--daemonize", "--config", str(file)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    pid = int((short_path / "jobs.pid").read_text())
+    try:
+        log = short_path / "state" / "jobs.log"
+        assert done.stdout == f"workerd runs with pid {pid}, listens on {short_path}/jobs and logs to {log}\n"
+        assert workerd("submit", "double", "21", "--wait", "--socket", short_path / "jobs").out == "42\n"
+        second = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60, check=False)
+        assert second.returncode == 1
+        assert f"runs already, with pid {pid}" in second.stderr
+        status = json.loads(workerd("status", "--json", "--socket", short_path / "jobs").out)
+        assert status["pid"] == pid
+        assert "ready" in log.read_text()
+    finally:
+        os.kill(pid, signal.SIGTERM)
+    wait_until(lambda: gone(pid) and all(gone(worker["pid"]) for worker in status["processes"]))
+    assert not (short_path / "jobs.pid").exists()

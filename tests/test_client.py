@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import re
+import signal
 import socket
 import threading
 from contextlib import suppress
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 import pytest
+from daemon_process import Daemon
 from fake_daemon import FakeDaemon, Peer
 from hypothesis import given
 from hypothesis import strategies as st
@@ -27,6 +29,8 @@ from workerd.pipeline import Pipeline
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
+
+    from workerd.replies import Summary
 
 
 @pytest.fixture
@@ -649,3 +653,95 @@ def test_unreadable_input(path: Path, tmp_path: Path) -> None:
     with FakeDaemon(path, Peer.rest), pytest.raises(WorkerdError, match="line 1: the input cannot be read"):
         Pipeline(str(path), FileLines(fd)).run()
     os.close(fd)
+
+
+# --- a real daemon ----------------------------------------------------------------------------------------
+
+CLASS = """
+import os
+
+class Work:
+    def double(self, number):
+        return number * 2
+
+    def fail(self, message):
+        raise ValueError(message)
+
+    def note(self, line):
+        with open(os.environ["NOTES"], "a") as file:
+            file.write(f"{line}\\n")
+"""
+
+
+@pytest.fixture
+def daemon(tmp_path: Path) -> Iterator[Daemon]:
+    with Daemon(tmp_path, CLASS, environment={"NOTES": str(tmp_path / "notes")}) as daemon:
+        yield daemon
+
+
+def test_with_a_real_daemon(daemon: Daemon) -> None:
+    """All that a program does: run, submit, wait, commands, refusals."""
+    with Client(str(daemon.socket)) as client:
+        assert client.run("double", 4) == 8
+        with pytest.raises(JobError, match="ValueError: no"):
+            client.run("fail", "no")
+        ids = [client.submit("double", number, reply="result", id=f"n{number}") for number in range(3)]
+        assert [client.wait(job_id).value for job_id in reversed(ids)] == [4, 2, 0]
+        assert client.offer("double", 1, id="n1") == ("n1", False)
+        with pytest.raises(Refusal) as caught:
+            client.submit("nothing")
+        assert caught.value.code == "unknown_target"
+        assert client.command("ping")["state"] == "running"
+        assert [target["name"] for target in client.command("targets")["targets"]] == ["double", "fail", "note"]
+        assert client.command("dead")["total"] == 1
+        ended: dict[str | None, Any] = {}
+        summary = client.submit_many(
+            ({"target": "double", "arguments": number, "id": f"m{number}"} for number in range(2000)),
+            on_result=lambda reply: ended.update({reply.id: reply.value}),
+            wait=True,
+        )
+    assert (summary.accepted, summary.succeeded, summary.complete) == (2000, 2000, True)
+    assert ended == {f"m{number}": number * 2 for number in range(2000)}
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+def test_a_daemon_that_restarts(daemon: Daemon, tmp_path: Path, how: signal.Signals) -> None:
+    """Through a restart of the daemon, killed or orderly, every job with an id is accepted, and runs."""
+    count = 100_000
+    restarted: list[int] = []
+
+    def restart(summary: Summary) -> None:
+        if summary.accepted > 1000 and not restarted:
+            restarted.append(summary.accepted)
+            daemon.kill(how)
+            daemon.wait()
+            daemon.start()
+
+    jobs = ({"target": "note", "arguments": number, "id": f"n{number}"} for number in range(count))
+    summary = Pipeline(str(daemon.socket), JobLines(jobs), on_progress=restart).run()
+    assert restarted
+    assert restarted[0] < count
+    assert (summary.accepted, summary.duplicates, summary.complete) == (count, 0, True)
+    assert summary.reconnects >= 1
+    daemon.wait_until(lambda status: not any(status["jobs"].values()), "all jobs have run")
+    noted = (tmp_path / "notes").read_text().split()
+    assert set(noted) == set(map(str, range(count)))
+
+
+def test_a_daemon_that_restarts_and_jobs_without_ids(daemon: Daemon) -> None:
+    """Through an orderly restart, each job without an id is accepted once, or named as one that may have been."""
+    count = 100_000
+    restarted: list[int] = []
+
+    def restart(summary: Summary) -> None:
+        if summary.accepted > 1000 and not restarted:
+            restarted.append(summary.accepted)
+            daemon.stop()
+            daemon.start()
+
+    jobs = ({"target": "note", "arguments": number} for number in range(count))
+    submission = Pipeline(str(daemon.socket), JobLines(jobs), on_progress=restart)
+    summary = submission.run()
+    assert restarted
+    assert summary.accepted + len(summary.unacknowledged) == count
+    assert summary.refused == 0

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 Row = tuple[str, ...]
 SIZES = ("bytes", "KiB", "MiB", "GiB", "TiB")
 GAP = "  "
+BORDER = 3  # cells between two columns of a rich table
+MIN_WIDTH = 20
 
 
 def safe(text: str) -> str:
@@ -90,19 +92,25 @@ def print_table(headers: Row, rows: Iterable[Row], *, right: Sequence[int] = (),
 
 def _print_rich_table(headers: Row, rows: list[Row], right: Sequence[int], wide: int | None) -> None:
     from rich import box
+    from rich.cells import cell_len
     from rich.table import Table
     from rich.text import Text
 
+    out = console()
+    needs = [max(map(cell_len, column)) for column in zip(headers, *rows, strict=True)]
     table = Table(box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False, show_edge=False)
     for place, header in enumerate(headers):
         justify: Literal["left", "right"] = "right" if place in right else "left"
-        if place == wide:
-            table.add_column(header, justify=justify, no_wrap=True, overflow="ellipsis")
-        else:
-            table.add_column(header, justify=justify, overflow="fold", no_wrap=place in right)
+        width = None
+        if place == wide:  # left to itself, rich would rather squeeze the other columns
+            room = out.width - sum(needs) + needs[place] - BORDER * (len(headers) - 1)
+            width = min(needs[place], max(room, MIN_WIDTH))
+        table.add_column(
+            header, justify=justify, width=width, no_wrap=width is not None, overflow="ellipsis" if width else "fold"
+        )
     for row in rows:
         table.add_row(*(Text(cell, style=STYLES.get(cell, "")) for cell in row))
-    console().print(table)
+    out.print(table)
 
 
 # Words that stand alone in a cell, and their colour on a terminal.
