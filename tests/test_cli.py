@@ -19,6 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from workerd import __version__, cli, submission, terminal
+from workerd.client import Client
 from workerd.errors import Exit
 
 if TYPE_CHECKING:
@@ -30,7 +31,6 @@ EVIL = "\x1b]0;owned\x07\x1b[2J[bold]x[/bold]:smile:\x9b31m\u202e\r\n"
 CLASS = '''
 import os
 import signal
-import threading
 
 class Work:
     """What the tests call."""
@@ -50,9 +50,6 @@ class Work:
 
     def crash(self, arguments):
         os.kill(os.getpid(), signal.SIGKILL)
-
-    def hang(self, arguments):
-        threading.Event().wait()
 '''
 
 
@@ -233,6 +230,39 @@ def test_nobody_reads_the_output(socket: Path) -> None:
             done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, env=environment, check=False)
         assert done.returncode == 1
         assert done.stderr == b"workerd: the output cannot be written: No space left on device\n"
+
+
+def test_text_that_does_not_fit(socket: Path) -> None:
+    """Arguments that are not UTF-8 are an error of one line; a terminal that lacks a character shows its code."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "latin-1"}
+    command = [sys.executable, "-m", "workerd", "submit", "--socket", str(socket)]
+    with FakeDaemon(socket, Peer.rest, say({"id": "─é", "status": "accepted"})):
+        done = subprocess.run([*command, b"t\xff"], capture_output=True, env=environment, check=False)
+        assert (done.returncode, done.stdout, done.stderr.count(b"\n")) == (1, b"", 1)
+        assert b"UTF-8" in done.stderr
+        done = subprocess.run([*command, "t"], capture_output=True, env=environment, check=False)
+        assert (done.returncode, done.stdout, done.stderr) == (0, b"\\u2500\xe9\n", b"")
+    done = subprocess.run([*command, "t", b'"\xff"'], capture_output=True, env=environment, check=False)
+    assert (done.returncode, done.stdout, done.stderr.count(b"\n")) == (2, b"", 2)
+
+
+def test_submit_starts_quickly(socket: Path) -> None:
+    """To submit a job, nothing is loaded that belongs to the daemon or only makes tables."""
+    script = """
+import sys
+from workerd import cli
+try:
+    cli.main(["submit", "t", "--socket", sys.argv[1]])
+finally:
+    heavy = {"rich", "prometheus_client", "uvloop", "asyncio", "daemon", "sqlite3", "multiprocessing", "tomli"}
+    print(sorted(heavy & set(sys.modules)))
+"""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    with FakeDaemon(socket, say({"id": "i", "status": "accepted"})):
+        done = subprocess.run(
+            [sys.executable, "-c", script, str(socket)], capture_output=True, text=True, env=environment, check=False
+        )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "i\n[]\n", "")
 
 
 # --- text -------------------------------------------------------------------------------------------------
@@ -701,37 +731,24 @@ def test_dead(workerd: Cli, tmp_path: Path) -> None:
         assert run().out == "There are no dead jobs.\n"
 
 
-def test_wait_and_the_daemon_goes(tmp_path: Path) -> None:
-    """Who waits for a result when the daemon is killed is told that the job is accepted and the result lost."""
-    with Daemon(tmp_path, CLASS) as daemon:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "workerd", "submit", "hang", "--wait", "--id", "h", "--socket", daemon.socket],
-            env=os.environ | {"PYTHONPATH": str(ROOT)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        daemon.wait_until(lambda status: status["jobs"]["running"] == 1, "it runs")
-        daemon.kill()
-        out, err = process.communicate(timeout=60)
-    assert (process.returncode, out, err.count("\n")) == (Exit.UNAVAILABLE, "", 1)
-    assert "job h is accepted, but its result is lost" in err
+def test_wait_and_the_daemon_goes(workerd: Cli, socket: Path) -> None:
+    """Who waits for a result when the daemon goes is told that the job is accepted and the result lost."""
+    with FakeDaemon(socket, say({"id": "h", "status": "accepted"})):
+        done = workerd("submit", "hang", "--wait", "--socket", socket)
+    assert (done.status, done.out, done.err.count("\n")) == (Exit.UNAVAILABLE, "", 1)
+    assert "job h is accepted, but its result is lost" in done.err
 
 
-def test_ctrl_c_while_waiting(daemon: Daemon) -> None:
+def test_ctrl_c_while_waiting(workerd: Cli, socket: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C while a result is awaited says that the job goes on."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "workerd", "submit", "hang", "--wait", "--id", "h2", "--timeout", "60",
-         "--socket", daemon.socket],
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )  # fmt: skip
-    daemon.wait_until(lambda status: status["jobs"]["running"] == 1, "it runs")
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
-    assert (process.returncode, out, err.strip()) == (130, "", "workerd: job h2 goes on")
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Client, "wait", interrupted)
+    with FakeDaemon(socket, say({"id": "h", "status": "accepted"})):
+        done = workerd("submit", "hang", "--wait", "--socket", socket)
+    assert (done.status, done.out, done.err.strip()) == (130, "", "workerd: job h goes on")
 
 
 def test_run_daemonize(workerd: Cli, short_path: Path) -> None:

@@ -5,6 +5,7 @@ Everything that a command needs is imported by that command, so that `workerd su
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from pathlib import Path
@@ -262,6 +263,8 @@ def _client(socket: str) -> Client:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry of the console script; always ends by SystemExit."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that lacks a character is no reason to fail
     try:
         try:
             exit_status = int(workerd.main(args=arguments, prog_name="workerd", standalone_mode=False) or 0)

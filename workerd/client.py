@@ -21,6 +21,7 @@ from workerd.errors import Refusal, UnavailableError, WorkerdError
 from workerd.lines import JobLines
 from workerd.pipeline import Pipeline
 from workerd.replies import ENDED, Failure, Reply, Summary, decode_reply, unintelligible
+from workerd.values import shown
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -168,7 +169,11 @@ class Client:
 
     def _exchange(self, request: dict[str, Any]) -> bytes:
         """Send one line; the next line that is not the result of an earlier job."""
-        data = _encode(request) + b"\n"
+        try:
+            data = _encode(request) + b"\n"
+        except UnicodeEncodeError as error:
+            text = shown(error.object)
+            raise WorkerdError(f"{text} is not text that can be sent; give it in UTF-8") from None
         try:
             self._socket.settimeout(self.timeout)
             self._socket.sendall(data)
