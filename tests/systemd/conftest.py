@@ -10,30 +10,27 @@ from typing import TYPE_CHECKING
 import pytest
 import tomli
 from systemd.machine import PATH, Machine
+from systemd.service import CHECKOUT, INSTALL, OFFLINE, WHEELS, Service
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterator
 
 ROOT = Path(__file__).parents[2]
-CHECKOUT = "/srv/workerd checkout"  # in the machine; a space in it must not matter
-WHEELS = "/srv/wheels"
-OFFLINE = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": WHEELS}  # the machine has no network
-CONFIG = "/etc/workerd/workerd.toml"
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     report = yield
-    machine = getattr(item, "funcargs", {}).get("machine")
-    if report.failed and isinstance(machine, Machine):
+    machines = [value for value in getattr(item, "funcargs", {}).values() if isinstance(value, Machine)]
+    for machine in machines if report.failed else []:
         report.sections.append(("journal of the machine", machine.journal(lines=120)))
     return report
 
 
-def install(machine: Machine, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-    """Run systemd/install in the machine, as a user types it, with pip kept from the index."""
-    script = f"'{CHECKOUT}/systemd/install' {' '.join(arguments)}"
-    return machine.run(script, check=check, environment=OFFLINE, timeout=600)
+def furnish(machine: Machine, wheels: Path) -> None:
+    """Put the checkout and the wheels in."""
+    machine.copy(ROOT, CHECKOUT, ignore=[".*", "__pycache__", "dist", "build"])
+    machine.copy(wheels, WHEELS)
 
 
 @pytest.fixture(scope="session")
@@ -55,18 +52,33 @@ def wheels(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def bare_machine(wheels: Path) -> Iterator[Machine]:
     """A booted machine with the checkout and the wheels in it, and nothing installed."""
     with Machine() as machine:
-        machine.copy(ROOT, CHECKOUT, ignore=[".*", "__pycache__", "dist", "build"])
-        machine.copy(wheels, WHEELS)
+        furnish(machine, wheels)
         yield machine
 
 
 @pytest.fixture(scope="session")
 def first_installation(bare_machine: Machine) -> str:
     """What `systemd/install` printed when it was run for the first time."""
-    return install(bare_machine).stdout
+    return bare_machine.run(INSTALL, environment=OFFLINE, timeout=600).stdout
 
 
 @pytest.fixture
 def machine(bare_machine: Machine, first_installation: str) -> Machine:
     """The machine, with workerd installed."""
     return bare_machine
+
+
+@pytest.fixture
+def service(machine: Machine) -> Service:
+    """The service, just started, with two workers for the class Errands and no jobs."""
+    service = Service(machine)
+    service.reset()
+    return service
+
+
+@pytest.fixture
+def new_machine(wheels: Path) -> Iterator[Machine]:
+    """A machine as bare_machine is, of which a test may make what it likes."""
+    with Machine() as machine:
+        furnish(machine, wheels)
+        yield machine

@@ -13,6 +13,11 @@ if TYPE_CHECKING:
 
     from systemd.machine import Machine
 
+CHECKOUT = "/srv/workerd checkout"  # in the machine; a space in it must not matter
+INSTALL = f"'{CHECKOUT}/systemd/install'"
+WHEELS = "/srv/wheels"
+OFFLINE = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": WHEELS}  # the machine has no network
+
 UNIT = "workerd.service"
 SOCKET = "/run/workerd.sock"
 CONFIG = "/etc/workerd/workerd.toml"
