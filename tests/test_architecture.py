@@ -18,39 +18,55 @@ PACKAGE = ROOT / "workerd"
 # A module imports from lower layers only ...
 LAYERS: list[set[str]] = [
     {"errors", "job", "values"},
-    {"protocol", "config", "queue", "claims", "frames", "log"},
-    {"spool", "writer", "feeder", "worker", "forkserver", "process", "pool", "metrics", "notify"},
-    {"engine", "control", "daemon"},
-    {"cli", "client", "connection", "lines", "pipeline", "local", "__main__", "__init__"},
+    {"protocol", "config", "backlog", "queue", "claims", "frames", "log", "rows", "spoolfile"},
+    {
+        *("spool", "writer", "feeder", "metrics", "scrape", "notify"),
+        *("worker", "zygote", "forkserver", "process", "generation", "settle", "dispatcher", "pool"),
+    },
+    {"answer", "engine", "control", "recovery", "reporter", "daemon"},
+    {
+        *("cli", "exits", "reports", "submission", "daemonize", "terminal"),
+        *("client", "connection", "lines", "pipeline", "replies", "local", "__main__", "__init__"),
+    },
 ]
 # ... and, beside itself, only as said here.
 NEIGHBOURS: dict[str, set[str]] = {
-    "forkserver": {"worker"},
-    "process": {"worker"},
-    "pool": {"worker", "forkserver", "process"},
+    "queue": {"backlog"},
     "writer": {"spool"},
+    "zygote": {"worker"},
+    "forkserver": {"worker", "zygote"},
+    "process": {"worker"},
+    "generation": {"forkserver", "process", "zygote"},
+    "settle": {"worker", "process"},
+    "dispatcher": {"process"},
+    "pool": {"worker", "forkserver", "process", "generation", "settle", "dispatcher"},
+    "engine": {"answer"},
     "control": {"engine"},
-    "daemon": {"engine", "control"},
-    "lines": {"connection"},
-    "pipeline": {"connection", "lines"},
-    "client": {"connection", "lines", "pipeline"},
-    "cli": {"client", "connection", "lines", "pipeline", "__init__"},
+    "reporter": {"control"},
+    "daemon": {"engine", "control", "recovery", "reporter"},
+    "lines": {"replies"},
+    "pipeline": {"connection", "lines", "replies"},
+    "client": {"connection", "lines", "pipeline", "replies"},
+    "exits": {"terminal"},
+    "reports": {"client", "terminal"},
+    "submission": {"client", "lines", "pipeline", "replies", "terminal"},
+    "cli": {"client", "daemonize", "exits", "reports", "submission", "__init__"},
     "__main__": {"cli"},
-    "__init__": {"client", "local"},
+    "__init__": {"local"},
 }
 # What a program that talks to the daemon loads must not be the daemon.
-HIGHEST_LAYER_SEEN = dict.fromkeys(("client", "connection", "lines", "pipeline"), 1)
+HIGHEST_LAYER_SEEN = dict.fromkeys(("client", "connection", "lines", "pipeline", "replies"), 1)
 # These import nothing of the package, and nothing of it imports them.
 ALONE = {"examples"}
 
 # No clock, no sleep, no I/O: these get all they know passed in.
-PURE = {"errors", "job", "queue", "protocol", "frames"}
+PURE = {"errors", "job", "backlog", "queue", "protocol", "frames"}
 IMPURE = {
     *("asyncio", "datetime", "io", "logging", "multiprocessing", "os", "pathlib", "select", "signal"),
     *("socket", "sqlite3", "subprocess", "threading", "time", "uvloop"),
 }
 # The user's code is imported in a child; nobody else may import by name.
-IMPORTS_BY_NAME = {"worker", "forkserver"}
+IMPORTS_BY_NAME = {"zygote"}
 
 MAX_LINES = 300
 TOP = {"workerd", "etc", "systemd", "tests", "pyproject.toml", "README.md", "LICENSE"}

@@ -61,6 +61,7 @@ class ForkServer:
                 [sys.executable, "-P", "-c", BOOTSTRAP, json.dumps(sys.path), *arguments],
                 pass_fds=[theirs.fileno(), claims_fd],
                 stdin=subprocess.DEVNULL,
+                stdout=sys.stderr.fileno(),  # what a module prints on import is no output of ours
                 start_new_session=True,
             )
         return cls(ours, process)

@@ -11,16 +11,15 @@ import asyncio
 import contextlib
 import heapq
 import logging
-import time
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from workerd import worker
 from workerd.claims import SEQ, SLOTS
+from workerd.dispatcher import Dispatcher
 from workerd.generation import Generation
 from workerd.process import Phase, WorkerProcess
-from workerd.queue import BATCH_JOBS
 from workerd.settle import Settler
 
 if TYPE_CHECKING:
@@ -31,28 +30,33 @@ if TYPE_CHECKING:
     from workerd.queue import JobQueue
     from workerd.settle import Observer
 
-STEAL_AFTER = 0.003  # seconds that jobs may sit behind another one while a worker is idle
-CLOCK_CHECK = 60.0  # seconds after which a wait for a wall-clock time looks at the clock, which may have been set
 CLOSE_TIMEOUT = 5.0  # seconds within which killed workers are surely gone
 
 
 class Pool:
-    """See the module. `max_jobs`: jobs after which a worker is replaced, 0 for never."""
+    """See the module."""
 
     def __init__(self, queue: JobQueue, claims: Claims, observer: Observer) -> None:
         self.queue = queue
         self.claims = claims
         self.observer = observer
         self.loop = asyncio.get_running_loop()
-        self.max_jobs = 0
         self.generations: list[Generation] = []  # the newest last
         self.paused = False  # draining: nothing new is started
         self._settler = Settler(queue, observer)
         self._free_slots = list(range(SLOTS))
-        self._steal: asyncio.TimerHandle | None = None
-        self._due: asyncio.TimerHandle | None = None
+        self._dispatcher = Dispatcher(queue, self.loop, self._working, self._take_back, observer.settled)
         self._generation_number = 0
         self._quiet = asyncio.Event()
+
+    @property
+    def max_jobs(self) -> int:
+        """Jobs after which a worker is replaced, 0 for never."""
+        return self._dispatcher.max_jobs
+
+    @max_jobs.setter
+    def max_jobs(self, count: int) -> None:
+        self._dispatcher.max_jobs = count
 
     # --- generations --------------------------------------------------------------------------------------
 
@@ -128,7 +132,7 @@ class Pool:
 
     def _retire(self, process: WorkerProcess) -> None:
         process.phase = Phase.RETIRING
-        process.revoke(self._visible)
+        self._take_back(process)
         if not process.holder.batches:
             process.dismiss()
 
@@ -200,64 +204,20 @@ class Pool:
     # --- work goes out ------------------------------------------------------------------------------------
 
     def dispatch(self) -> None:
-        """Give ready jobs to workers that can take them; take jobs back that wait behind a slow one."""
-        if self.paused or not self.generations:
-            return
-        queue = self.queue
-        self._promote()
-        working = self._working()
-        while queue.has_ready() and working:
-            # the idle first, and no more for each than its share while there is little
-            working.sort(key=lambda process: len(process.holder.batches))
-            share = min(BATCH_JOBS, -(-queue.backlog.in_memory // len(working)))
-            given = False
-            for process in working:
-                most = min(share, self.max_jobs - process.holder.position) if self.max_jobs else share
-                batch = queue.take(process.holder, most) if most > 0 else None
-                if batch is not None:
-                    given = True
-                    process.assign(batch)
-            if not given:
-                break
-        waiting = self._steal is None and not queue.has_ready() and any(process.idle for process in working)
-        if waiting and any(process.unstarted() for process in working):
-            self._steal = self.loop.call_later(STEAL_AFTER, self._take_back)
-
-    def _promote(self) -> None:
-        """Let the scheduled jobs that are due join their lines, and wake when the next one is."""
-        backlog = self.queue.backlog
-        now = time.time()
-        backlog.promote(now)
-        due = backlog.next_due()
-        if due is None or due <= now:  # none; or due, but the window is full: each report asks again
-            return
-        at = self.loop.time() + min(due - now, CLOCK_CHECK) + 0.001
-        if self._due is not None:
-            if self._due.when() <= at:
-                return
-            self._due.cancel()
-        self._due = self.loop.call_at(at, self._on_due)
-
-    def _on_due(self) -> None:
-        self._due = None
-        self.dispatch()
-        self.observer.settled()
+        """Give ready jobs to workers that can take them."""
+        self._dispatcher.dispatch()
 
     def _working(self) -> list[WorkerProcess]:
         """The workers that may be given jobs: until a new generation is complete, those of the old one."""
+        if not self.generations:
+            return []
         complete = (generation for generation in reversed(self.generations) if generation.complete.done())
         workers = next(complete, self.current).workers.values()
         return [process for process in workers if process.phase is Phase.READY and not process.revoked_to]
 
-    def _take_back(self) -> None:
-        self._steal = None
-        if self.queue.has_ready() or self.paused or not any(process.idle for process in self._working()):
-            return
-        for process in self.workers():
-            running = process.running() if process.unstarted() else None
-            if running and running[2] > STEAL_AFTER / 2:
-                process.revoke(self._visible)
-        self.dispatch()
+    def _take_back(self, process: WorkerProcess) -> None:
+        """Have what it has not begun returned to the queue."""
+        process.revoke(self._visible)
 
     def _visible(self, process: WorkerProcess, keep: int) -> None:
         self.queue.release(process.holder, keep)
@@ -268,8 +228,9 @@ class Pool:
     async def drain(self, timeout: float) -> bool:
         """Start nothing new, and wait for the running jobs; False when some were left at the end of `timeout`."""
         self.paused = True
+        self._dispatcher.stop()
         for process in self.workers():
-            process.revoke(self._visible)
+            self._take_back(process)
         self._quiet.clear()
         if any(process.holder.batches for process in self.workers()):
             with contextlib.suppress(TimeoutError):
@@ -280,9 +241,7 @@ class Pool:
     async def close(self) -> None:
         """End all workers; a job that still runs is charged to nobody. Returns when every process is gone."""
         self.paused = True
-        for timer in (self._steal, self._due):
-            if timer is not None:
-                timer.cancel()
+        self._dispatcher.stop()
         self._quiet.clear()
         for generation in self.generations:
             generation.wanted = 0

@@ -133,8 +133,8 @@ def parse(lines: bytes, max_line: int) -> list[Request]:
         except (msgspec.MsgspecError, ValueError, RecursionError):
             pass
         else:
-            # a value may not span lines, nor share one: replies are matched to lines by counting them
-            if len(jobs) == lines.count(b"\n"):
+            # a value may not span lines, nor share one with another: replies are matched to lines by counting
+            if lines.startswith(b"{") and lines.endswith(b"}\n") and lines.count(b"}\n{") == len(jobs) - 1:
                 return [Single(jobs)]
     requests: list[Request] = []
     for line in lines.split(b"\n"):
