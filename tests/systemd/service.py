@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from daemon_process import Client, job, wait_until
@@ -12,6 +13,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from systemd.machine import Machine
+
+UNITS = Path(__file__).parents[2] / "systemd"
 
 CHECKOUT = "/srv/workerd checkout"  # in the machine; a space in it must not matter
 INSTALL = f"'{CHECKOUT}/systemd/install'"
@@ -66,6 +69,18 @@ import sys, urllib.request
 opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 sys.stdout.write(opener.open(sys.argv[1], timeout=30).read().decode())
 """
+
+
+def blocks() -> list[tuple[float, str]]:
+    """Each block of jobs-need-more.conf: the score that it says it costs, and its settings, uncommented."""
+    found = []
+    for block in (UNITS / "jobs-need-more.conf").read_text().split("[Service]\n")[1].split("\n\n"):
+        settings = "\n".join(line[1:] for line in block.splitlines() if re.match(r"#\w+=", line))
+        score = re.search(r"Score ([0-9.]+)\.", block)
+        assert settings, f"a block without settings:\n{block}"
+        assert score, f"a block that does not say what it costs:\n{block}"
+        found.append((float(score[1]), settings))
+    return found
 
 
 class Service:

@@ -11,7 +11,7 @@ from urllib.parse import urlencode
 
 import pytest
 from daemon_process import Client, job, wait_until
-from systemd.service import CONFIG, METRICS, STATE, UNIT, Service
+from systemd.service import CONFIG, METRICS, STATE, UNIT, UNITS, Service, blocks
 
 pytestmark = [pytest.mark.systemd, pytest.mark.xdist_group("systemd")]
 
@@ -80,6 +80,14 @@ def test_jobs_are_confined(service: Service) -> None:
         assert error["type"] in {"OSError", "PermissionError", "FileNotFoundError"}, error
     assert service.work("call")["status"] == "dead"
     assert service.get(f"{METRICS}/readyz")
+
+
+def test_jobs_that_need_the_network(service: Service) -> None:
+    """With that block of jobs-need-more.conf uncommented, a job can connect to what it could not."""
+    network = next(settings for _, settings in blocks() if "PrivateNetwork=no" in settings)
+    service.drop_in(network)
+    service.machine.run(f"systemctl restart {UNIT}")
+    assert service.work("call")["status"] == "succeeded"
 
 
 def test_memory_killer_takes_workers_first(service: Service) -> None:
@@ -202,6 +210,19 @@ def test_bad_configuration_is_not_tried_again(service: Service) -> None:
     assert service.show("ExecMainStatus") == "78"
     assert service.show("NRestarts") == "0"
     assert any("count" in record["MESSAGE"] for record in service.records(f"_SYSTEMD_UNIT={UNIT}")[-10:])
+
+
+def test_bad_configuration_while_clients_wait(service: Service) -> None:
+    """Clients that wait have it tried again, but not for ever; the line that the unit names ends that."""
+    service.machine.run(f"systemctl stop {UNIT}")
+    service.machine.write(CONFIG, "[workers]\ncount = -1\n")
+    with service.connect():
+        wait_until(lambda: service.machine.show("workerd.socket", "ActiveState") == "failed", "it is given up")
+    service.configure()
+    line = "systemctl reset-failed workerd.service workerd.socket && systemctl start workerd.service"
+    assert line in (UNITS / UNIT).read_text()
+    service.machine.run(line)
+    assert service.work("edition")["result"] == "first"
 
 
 def test_stop_drains(service: Service) -> None:

@@ -8,8 +8,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from systemd.service import UNITS, blocks
 
-UNITS = Path(__file__).parents[2] / "systemd"
 NAMES = ["workerd.service", "workerd.socket", "workerd@.service", "workerd@.socket"]
 MOST_EXPOSED = 1.5
 
@@ -50,18 +50,6 @@ def exposure(folder: Path, unit: str, drop_in: str = "") -> float:
     found = re.search(r"Overall exposure level for \S+: ([0-9.]+)", printed)
     assert found, printed
     return float(found[1])
-
-
-def blocks() -> list[tuple[float, str]]:
-    """Each block of jobs-need-more.conf: the score that it says it costs, and its settings, uncommented."""
-    found = []
-    for block in (UNITS / "jobs-need-more.conf").read_text().split("[Service]\n")[1].split("\n\n"):
-        settings = "\n".join(line[1:] for line in block.splitlines() if re.match(r"#\w+=", line))
-        score = re.search(r"Score ([0-9.]+)\.", block)
-        assert settings, f"a block without settings:\n{block}"
-        assert score, f"a block that does not say what it costs:\n{block}"
-        found.append((float(score[1]), settings))
-    return found
 
 
 def test_verify_finds_nothing(tmp_path: Path) -> None:
