@@ -232,5 +232,5 @@ def name_process(name: str) -> None:
 
 
 def prctl(option: int, value: int | bytes) -> None:
-    """Call prctl(2), which the standard library does not have."""
+    """The system call, which the standard library does not have."""
     ctypes.CDLL(None).prctl(option, value, 0, 0, 0)
