@@ -120,10 +120,10 @@ def test_in_the_foreground(new_machine: Machine) -> None:
     """Without root it runs out of the checkout; the line that it shows submits a job. Ctrl-C ends it."""
     machine = new_machine
     machine.run(
-        f"useradd --create-home friend && cp -r '{CHECKOUT}' /home/friend/workerd && chown -R friend: /home/friend"
+        f"useradd --create-home friend && cp -r '{CHECKOUT}' '/home/friend/my workerd' && chown -R friend: /home/friend"
     )
     process = machine.popen(
-        f"export PIP_NO_INDEX=1 PIP_FIND_LINKS={OFFLINE['PIP_FIND_LINKS']}; exec /home/friend/workerd/systemd/install",
+        f"export PIP_NO_INDEX=1 PIP_FIND_LINKS={OFFLINE['PIP_FIND_LINKS']}; exec '/home/friend/my workerd/systemd/install'",
         user="friend",
     )
     try:
@@ -135,18 +135,18 @@ def test_in_the_foreground(new_machine: Machine) -> None:
         assert "to run in the foreground" in printed[0]
         command = next(line.strip() for line in printed if " submit " in line)
         assert machine.run(command, user="friend").stdout.strip() == '"Hello, World!"'
-        pid = machine.output("pgrep --oldest --full '/home/friend/workerd/.venv/bin/workerd run'")
+        pid = machine.output("pgrep --oldest --full '/home/friend/my workerd/.venv/bin/workerd run'")
         machine.run(f"kill -INT {pid}")
         process.communicate(timeout=60)
         assert process.returncode == 0
     finally:
         process.kill()
         process.communicate()
-    assert machine.path("/home/friend/workerd/.workerd/spool.db").exists()
+    assert machine.path("/home/friend/my workerd/.workerd/spool.db").exists()
     assert not machine.path("/opt/workerd").exists()
-    said = install(machine, "--remove", user="friend", checkout="/home/friend/workerd").stdout
-    assert "Kept, with jobs and configuration: /home/friend/workerd/.workerd" in said
-    assert not machine.path("/home/friend/workerd/.venv").exists()
+    said = install(machine, "--remove", user="friend", checkout="/home/friend/my workerd").stdout
+    assert "Kept, with jobs and configuration: /home/friend/my workerd/.workerd" in said
+    assert not machine.path("/home/friend/my workerd/.venv").exists()
 
 
 def test_what_is_missing(new_machine: Machine) -> None:
