@@ -73,11 +73,10 @@ class Answer:
         self.reply.complete(text.encode())
 
     def refused(self, error: SpoolError) -> None:
-        """The writer: nothing was stored. A job that has ended all the same is truly accepted."""
+        """The writer: nothing was stored. A job that has succeeded all the same is truly accepted."""
         message = f"the job could not be stored, so it is not accepted: {error}"
-        ended = (State.SUCCEEDED, State.DEAD)
         jobs = [entry for entry in self.entries if not isinstance(entry, bytes)]
-        lost = [job for job in jobs if job.key is not None or job.state not in ended]
+        lost = [job for job in jobs if job.key is not None or job.state is not State.SUCCEEDED]
         if not lost:
             self.accept(frozenset())
             return

@@ -84,7 +84,7 @@ class Daemon:
                 starting.cancel()
                 await asyncio.wait((starting,))
                 return Exit.OK
-        kept = "stay in the spool" if self.engine.durable else "were in memory only, and are lost"
+        kept = "stay in the spool" if self.writer.durable else "were in memory only, and are lost"
         logger.info("stopped: %d jobs %s", self.engine.queue.total, kept, extra={"event": "daemon_stopped"})
         return Exit.OK
 
@@ -103,15 +103,16 @@ class Daemon:
         self._exits.push_async_callback(self.feeder.close)  # the last to go: it sends what the others had to say
         path = settings.spool.path
         spool = await asyncio.to_thread(Spool.open, path)
-        self.writer = Writer(spool, self.reporter.committed)
+        self.writer = Writer(spool, self.reporter.committed, durable=path is not None)
         self._exits.push_async_callback(self.writer.close)
         claims = Claims.open(path.with_name(f"{path.name}.claims") if path else None)
         queue = JobQueue(max_jobs=settings.spool.max_jobs)
         dead = await self.writer.call(lambda spool: recover(spool, claims, queue))
-        self.engine = Engine(queue, self.writer, self.metrics, spool, durable=path is not None)
+        self.engine = Engine(queue, self.writer, self.metrics)
         self.engine.dead = dead
         self.engine.on_change = self.reporter.touch
         self.pool = self.engine.pool = Pool(queue, claims, self.engine)
+        self.writer.patience = self.pool.patience
         self._exits.push_async_callback(self.pool.close)
         self.control = self.reporter.control = Control(self.engine, settings, lambda: self.reporter.state)
         generation = await self._load(settings)

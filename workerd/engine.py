@@ -40,15 +40,14 @@ DRAINING = "the daemon is stopping; send the job again when it is back"
 
 
 class Engine:
-    """Implements the pool's Observer. `durable`: an acknowledgement waits for the disk."""
+    """Implements the pool's Observer."""
 
-    def __init__(self, queue: JobQueue, writer: Writer, metrics: Metrics, spool: Spool, *, durable: bool) -> None:
+    def __init__(self, queue: JobQueue, writer: Writer, metrics: Metrics) -> None:
         self.queue = queue
         self.writer = writer
         self.metrics = metrics
-        self.prefix = f"{spool.identity}-"  # what the ids of this spool begin with
-        self.next_seq = spool.first_seq
-        self.durable = durable
+        self.prefix = f"{writer.spool.identity}-"  # what the ids of this spool begin with
+        self.next_seq = writer.spool.first_seq
         self.defaults: dict[str, Options] = {}  # of each target
         self.draining = False
         self.dead = 0
@@ -80,15 +79,8 @@ class Engine:
         jobs, keyed = self._make_jobs(request.jobs, answer, now)
         for target in {job.target for job in jobs + keyed}:
             self.metrics.submitted(target, sum([job.target == target for job in jobs + keyed]))
-        if self.durable:
-            self.writer.add(jobs, keyed, answer)
-            self.enter(jobs, now)
-        else:
-            self.enter(jobs, now)
-            if keyed:
-                self.writer.add([], keyed, answer)
-            else:
-                answer.accept(frozenset())
+        self.writer.add(jobs, keyed, answer)
+        self.enter(jobs, now)
 
     def _make_jobs(
         self, requests: list[protocol.JobRequest], answer: Answer, now: float
@@ -230,9 +222,10 @@ class Engine:
 
     def settled(self) -> None:
         queue, writer = self.queue, self.writer
+        writer.collect()
         if queue.backlog.spilled:
             spilled, queue.backlog.spilled = queue.backlog.spilled, []
-            if not self.durable:  # else they are in the spool already, or about to be
+            if not writer.durable:  # else they are in the spool already, or about to be
                 for job in spilled:
                     fresh = not (job.stored or job.attempts or job.crashes)
                     (writer.changes.inserts if fresh else writer.changes.updates).append(job)

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 BACKLOG = 4096
 WRITE_HIGH = 4 * 2**20  # bytes of unread replies after which a connection is not read from
 WRITE_LIMIT = 64 * 2**20  # ... after which it is closed: results come without being asked for
-PENDING_BYTES = 4 * 2**20  # bytes of requests without a reply after which a connection is not read from
+PENDING_BYTES = 512 * 2**10  # bytes of requests without a reply after which a connection is not read from
 TOTAL_PENDING = 64 * 2**20  # the same for all connections together
 
 

@@ -20,6 +20,7 @@ from workerd.claims import SEQ, SLOTS
 from workerd.dispatcher import Dispatcher
 from workerd.generation import Generation
 from workerd.process import Phase, WorkerProcess
+from workerd.queue import BATCH_SECONDS
 from workerd.settle import Settler
 
 if TYPE_CHECKING:
@@ -30,6 +31,9 @@ if TYPE_CHECKING:
     from workerd.queue import JobQueue
     from workerd.settle import Observer
 
+OVERHEAD = 4e-6  # seconds that the daemon itself spends on a job
+LEEWAY = 0.001  # seconds that a quick job may take longer than expected
+LONGEST_PATIENCE = 0.1  # seconds; what is not expected to end within that is written at once
 CLOSE_TIMEOUT = 5.0  # seconds within which killed workers are surely gone
 
 
@@ -206,6 +210,15 @@ class Pool:
     def dispatch(self) -> None:
         """Give ready jobs to workers that can take them."""
         self._dispatcher.dispatch()
+
+    def patience(self) -> float:
+        """Seconds in which the jobs that are waiting should all have ended; 0 when that is not soon."""
+        free = sum(process.holder.cost < BATCH_SECONDS for process in self._working())
+        backlog = self.queue.backlog
+        if not free or any(line.stored for line in backlog.lines.values()):
+            return 0.0
+        expected = (backlog.in_memory + self.queue.held) * max(self.queue.pace / free, OVERHEAD)
+        return LEEWAY + 2 * expected if expected < LONGEST_PATIENCE else 0.0
 
     def _working(self) -> list[WorkerProcess]:
         """The workers that may be given jobs: until a new generation is complete, those of the old one."""

@@ -11,6 +11,7 @@ its `backlog`, the others in the `Holder` of the worker that has them.
 from __future__ import annotations
 
 from collections import deque
+from math import inf
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -21,7 +22,7 @@ from workerd.job import Job, State
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
-BATCH_JOBS = 1024
+BATCH_JOBS = 2048
 BATCH_SECONDS = 0.002  # estimated work in one batch; a slower job travels alone
 LEARNING = 0.2  # weight of the newest batch in a target's estimate
 
@@ -59,6 +60,7 @@ class JobQueue:
         self.total = 0  # jobs that have not ended, wherever they are
         self.held = 0  # jobs that workers have been given
         self.estimates: dict[str, float] = {}  # seconds that a job of each target takes
+        self.pace = inf  # ... and one of the present mixture
 
     # --- jobs come in -------------------------------------------------------------------------------------
 
@@ -145,6 +147,7 @@ class JobQueue:
 
     def learn(self, target: str, seconds: float) -> None:
         """A job, or the mean of a batch of jobs, of this target took so long."""
+        self.pace = seconds if self.pace == inf else self.pace + LEARNING * (seconds - self.pace)
         known = self.estimates.get(target)
         self.estimates[target] = seconds if known is None else known + LEARNING * (seconds - known)
 

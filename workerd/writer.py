@@ -2,7 +2,8 @@
 
 While the spool's thread is inside an fsync, changes pile up here; when it returns they are handed over together.
 So one fsync covers a whole batch under load, a single job waits for one fsync only, and the event loop waits
-for none. A job that has ended before its insert was handed over never touches the disk.
+for none. A job that has ended before its insert was handed over never touches the disk, so jobs that will end
+sooner than they could be written are left in peace for as long as that should take (`patience`).
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
@@ -26,42 +28,77 @@ T = TypeVar("T")
 
 LINGER = 0.02  # seconds for which mere endings of jobs wait for company: nobody waits for them
 RETRY = 0.25  # seconds between attempts while the disk refuses
+ENDED = (State.SUCCEEDED, State.DEAD)  # a dead job is stored by its burial
+NOTHING = Committed(frozenset())
 
 
 class Pending(Protocol):
-    """Somebody who waits for a commit."""
+    """Somebody who waits for jobs to be safe."""
 
     def committed(self, committed: Committed) -> None:
-        """The changes are on the disk."""
+        """They are on the disk, or have ended."""
 
     def refused(self, error: SpoolError) -> None:
-        """They are not, and will not be."""
+        """They are not on the disk, and will not be."""
+
+
+class Entry:
+    """Jobs that came together, and who waits for them to be safe."""
+
+    __slots__ = ("at", "ended", "jobs", "keyed", "pending")
+
+    def __init__(self, at: float, jobs: list[Job], keyed: list[Job], pending: Pending) -> None:
+        self.at = at
+        self.jobs = jobs
+        self.keyed = keyed
+        self.pending = pending
+        self.ended = 0  # so many of `jobs`, from the first on, have succeeded: of a dead one a record is kept
+
+    def over(self) -> bool:
+        """Whether there is nothing left to store."""
+        jobs, at = self.jobs, self.ended
+        while at < len(jobs) and jobs[at].state is State.SUCCEEDED:
+            at += 1
+        self.ended = at
+        return at == len(jobs) and not self.keyed
 
 
 class Writer:
-    """Owns the spool's thread. `observe` is told the seconds of each commit, or the error."""
+    """Owns the spool's thread. `observe` is told the seconds of each commit, or the error.
 
-    def __init__(self, spool: Spool, observe: Callable[[float, SpoolError | None], None]) -> None:
+    `durable`: jobs are stored as they come; else only those are that the queue has no room for. `patience()`: seconds
+    for which a new job may be left to end by itself, set by the owner.
+    """
+
+    def __init__(self, spool: Spool, observe: Callable[[float, SpoolError | None], None], *, durable: bool) -> None:
         self.spool = spool
+        self.durable = durable
         self.failing: str | None = None
         self.changes = Changes()
+        self.patience: Callable[[], float] = lambda: 0.0
         self._observe = observe
         self._closing = False
-        self._pending: list[Pending] = []
+        self._entries: deque[Entry] = deque()
         self._calls: list[Callable[[], None]] = []
         self._wake = asyncio.Event()
         self._urgent = asyncio.Event()
+        self._timer: asyncio.TimerHandle | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="spool")
         self._loop = asyncio.get_running_loop()
         self._task = self._loop.create_task(self._run())
 
-    def add(self, jobs: list[Job], keyed: list[Job], pending: Pending | None) -> None:
-        """Store jobs in the next commit; `pending` is told when that is done."""
-        self.changes.inserts += jobs
-        self.changes.keyed += keyed
-        if pending is not None:
-            self._pending.append(pending)
-        self.wake(urgent=True)
+    def add(self, jobs: list[Job], keyed: list[Job], pending: Pending) -> None:
+        """Make jobs safe; `pending` is told when they are. Those in `keyed` are not to be run before that."""
+        self._entries.append(Entry(self._loop.time(), jobs, keyed, pending))
+        self._wait(0.0 if keyed else self.patience())
+
+    def collect(self) -> None:
+        """Jobs have ended: whoever waited for no others need wait no longer."""
+        if self._entries and (over := [entry for entry in self._entries if entry.over()]):
+            gone = set(map(id, over))
+            self._entries = deque(entry for entry in self._entries if id(entry) not in gone)
+            for entry in over:
+                entry.pending.committed(NOTHING)
 
     def wake(self, *, urgent: bool = False) -> None:
         """There is something to write; soon, or at once."""
@@ -85,6 +122,17 @@ class Writer:
         self.wake(urgent=True)
         return await done
 
+    def _wait(self, seconds: float) -> None:
+        """Look at the entries in so many seconds, if not sooner."""
+        if not seconds:
+            self.wake(urgent=True)
+        elif self._timer is None:
+            self._timer = self._loop.call_later(seconds, self._time_is_up)
+
+    def _time_is_up(self) -> None:
+        self._timer = None
+        self.wake(urgent=True)
+
     async def _run(self) -> None:
         while not self._closing:
             await self._wake.wait()
@@ -102,33 +150,44 @@ class Writer:
                 await asyncio.sleep(RETRY)
                 self.wake(urgent=True)
 
+    def _due(self) -> list[Entry]:
+        """The entries that must be written now: up to the last that is out of patience."""
+        everything = self._closing or self._calls
+        patience = 0.0 if everything else self.patience()
+        before = self._loop.time() - patience
+        due = max((i for i, entry in enumerate(self._entries, 1) if entry.keyed or entry.at <= before), default=0)
+        taken = [self._entries.popleft() for _ in range(due)]
+        if self._entries:
+            self._wait(max(0.001, self._entries[0].at - before))
+        return taken
+
     async def _commit(self) -> bool:
+        self.collect()
+        entries = self._due()
         changes, self.changes = self.changes, Changes()
-        pending, self._pending = self._pending, []
-        ended = (State.SUCCEEDED, State.DEAD)
-        changes.inserts = [job for job in changes.inserts if job.state not in ended]
+        if self.durable:
+            changes.inserts += [job for entry in entries for job in entry.jobs if job.state not in ENDED]
+        changes.keyed += [job for entry in entries for job in entry.keyed]
         for job in changes.inserts:
             job.stored = True
         for job in changes.keyed:
             job.stored = True
-        if not changes:
-            for waiting in pending:
-                waiting.committed(Committed(frozenset()))
-            return True
-        begin = time.perf_counter()
-        try:
-            committed = await self._loop.run_in_executor(self._thread, self.spool.commit, changes)
-        except SpoolError as error:
-            self.failing = str(error)
-            self._observe(time.perf_counter() - begin, error)
-            self._restore(changes)
-            for waiting in pending:
-                waiting.refused(error)
-            return False
-        self.failing = None
-        self._observe(time.perf_counter() - begin, None)
-        for waiting in pending:
-            waiting.committed(committed)
+        committed = NOTHING
+        if changes:
+            begin = time.perf_counter()
+            try:
+                committed = await self._loop.run_in_executor(self._thread, self.spool.commit, changes)
+            except SpoolError as error:
+                self.failing = str(error)
+                self._observe(time.perf_counter() - begin, error)
+                self._restore(changes)
+                for entry in entries:
+                    entry.pending.refused(error)
+                return False
+            self.failing = None
+            self._observe(time.perf_counter() - begin, None)
+        for entry in entries:
+            entry.pending.committed(committed)
         return True
 
     def _restore(self, changes: Changes) -> None:
@@ -149,6 +208,9 @@ class Writer:
         self._closing = True
         self.wake(urgent=True)
         await self._task
+        await self._commit()
+        if self._timer is not None:
+            self._timer.cancel()
         await self._loop.run_in_executor(self._thread, self.spool.close)
         self._thread.shutdown()
 
