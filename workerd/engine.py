@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import Counter
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
@@ -77,8 +78,8 @@ class Engine:
             answer.refuse_all(request.jobs, Code.UNKNOWN_TARGET, where + self._unknown(request.jobs[unknown[0]]))
             return
         jobs, keyed = self._make_jobs(request.jobs, answer, now)
-        for target in {job.target for job in jobs + keyed}:
-            self.metrics.submitted(target, sum([job.target == target for job in jobs + keyed]))
+        for target, count in Counter([job.target for job in jobs + keyed]).items():
+            self.metrics.submitted(target, count)
         self.writer.add(jobs, keyed, answer)
         self.enter(jobs, now)
 
@@ -125,20 +126,19 @@ class Engine:
     # --- out: the pool's Observer -------------------------------------------------------------------------
 
     def succeeded(self, target: str, jobs: list[Job], durations: list[int], started: int) -> None:
-        first = time.time() - (time.monotonic_ns() - started) / 1e9
-        begins = accumulate(durations, lambda at, duration: at + duration / 1e9, initial=first)
+        now = time.time()
+        first = now - (time.monotonic_ns() - started) * 1e-9
+        begins = accumulate([duration * 1e-9 for duration in durations], initial=first)
         if log.isEnabledFor(logging.DEBUG):
             for job, duration in zip(jobs, durations, strict=True):
                 about = {"job": self.job_id(job.seq, job.key), "target": target, "event": "job_succeeded"}
                 log.debug("succeeded in %.6f s", duration / 1e9, extra=about)
         self.metrics.finished(target, "succeeded", len(jobs))
         self.metrics.durations(target, durations)
-        self.metrics.waits(target, [max(0.0, at - job.ready_at) for at, job in zip(begins, jobs, strict=False)])
+        self.metrics.waits(target, [begin - job.ready_at for begin, job in zip(begins, jobs, strict=False)])
         changes = self.writer.changes
         changes.deletes += [job.seq for job in jobs if job.stored and job.key is None]
-        for job in jobs:
-            if job.key is not None:
-                changes.succeeded.append((job.seq, time.time()))
+        changes.succeeded += [(job.seq, now) for job in jobs if job.key is not None]
 
     def result(self, job: Job, encoded: bytes, duration: int) -> None:
         job_id = protocol.quoted(self.job_id(job.seq, job.key))

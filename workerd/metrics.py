@@ -140,7 +140,9 @@ class Metrics(Collector):
         self._targets.get(target, self._unknown).durations.observe(nanoseconds)
 
     def waits(self, target: str, seconds: list[float]) -> None:
-        """How long each job was ready before it ran."""
+        """How long each job was ready before it ran; below 0 where the clock was set back, which counts as 0."""
+        if seconds and min(seconds) < 0:
+            seconds = [max(0.0, value) for value in seconds]
         self._targets.get(target, self._unknown).waits.observe(seconds)
 
     def rejected(self, code: Code, n: int) -> None:
