@@ -45,9 +45,7 @@ class Workers(Struct, frozen=True, kw_only=True):
     ] = 2
     drain_timeout: Annotated[float, key("a number of seconds from 0 to 86400", ge=0, le=DAY)] = 30.0
     max_jobs: Annotated[int, key("a whole number, 0 for no limit", ge=0, le=MAX_COUNT)] = 0
-    max_memory: Annotated[
-        int, key('0, or a size from "16MiB", as "512MiB"', values.memory, ge=0, le=1 << 60)
-    ] = 0
+    max_memory: Annotated[int, key('0, or a size from "16MiB", as "512MiB"', values.memory, ge=0, le=1 << 60)] = 0
 
 
 class Feeder(Struct, frozen=True, kw_only=True):
@@ -58,17 +56,15 @@ class Feeder(Struct, frozen=True, kw_only=True):
     )
     mode: Annotated[int, key('octal permissions in quotes, as "0660"', values.mode)] = 0o660
     group: Annotated[str, key('the name of a group, or "" for the daemon\'s own', values.group)] = ""
-    max_line: Annotated[
-        int, key('a size from "64B" to "1GiB", as "1MiB"', values.size, ge=64, le=1 << 30)
-    ] = 1 << 20
+    max_line: Annotated[int, key('a size from "64B" to "1GiB", as "1MiB"', values.size, ge=64, le=1 << 30)] = 1 << 20
     max_connections: Annotated[int, key("a whole number from 1 to 65536", ge=1, le=65536)] = 1024
 
 
 class Spool(Struct, frozen=True, kw_only=True):
     """The jobs' database, None for memory only; `id_ttl` in seconds after the end of a job."""
 
-    path: Annotated[Path | None, key('a path, or "" to keep jobs in memory only', values.optional_path)] = (
-        Path("/var/lib/workerd/spool.db")
+    path: Annotated[Path | None, key('a path, or "" to keep jobs in memory only', values.optional_path)] = Path(
+        "/var/lib/workerd/spool.db"
     )
     max_jobs: Annotated[int, key("a whole number from 1", ge=1, le=MAX_COUNT)] = 10_000_000
     id_ttl: Annotated[float, key("a number of seconds from 0 to 315360000", ge=0, le=3650 * DAY)] = 3600.0
@@ -89,9 +85,9 @@ class Metrics(Struct, frozen=True, kw_only=True):
 class Log(Struct, frozen=True, kw_only=True):
     """How much is logged."""
 
-    level: Annotated[
-        Literal["debug", "info", "warning", "error"], key('"debug", "info", "warning" or "error"')
-    ] = "info"
+    level: Annotated[Literal["debug", "info", "warning", "error"], key('"debug", "info", "warning" or "error"')] = (
+        "info"
+    )
 
 
 class Config(Struct, frozen=True, kw_only=True):
@@ -153,9 +149,7 @@ def _parse(file: Path) -> dict[str, Any]:
         with file.open("rb") as stream:
             data = stream.read(MAX_FILE + 1)
     except FileNotFoundError:
-        raise ConfigError(
-            f"{file}: there is no such file; create it, or name another with --config"
-        ) from None
+        raise ConfigError(f"{file}: there is no such file; create it, or name another with --config") from None
     except IsADirectoryError:
         raise ConfigError(f"{file}: is a directory; name the file in it with --config") from None
     except PermissionError:
@@ -190,13 +184,9 @@ class _Check:
             if name == "targets":
                 found[name] = self.targets(value)
             elif name in SECTIONS:
-                found[name] = self.table(
-                    f"[{name}]", SECTIONS[name], value, f"[{name}] on a line, its keys below"
-                )
+                found[name] = self.table(f"[{name}]", SECTIONS[name], value, f"[{name}] on a line, its keys below")
             else:
-                self.problem(
-                    f"[{_label(name)}]", f"unknown section; {_instead(name, (*SECTIONS, 'targets'))}"
-                )
+                self.problem(f"[{_label(name)}]", f"unknown section; {_instead(name, (*SECTIONS, 'targets'))}")
         if "attributes" not in given:
             self.table("[attributes]", Attributes, {}, "")
         return found
@@ -210,9 +200,7 @@ class _Check:
             where = f"[targets.{_label(name)}]"
             if not name.isidentifier() or keyword.iskeyword(name) or name.startswith("_"):
                 self.refuse(where, name, "the name of a public method of the class")
-            found[name] = self.table(
-                where, OptionFields, value, f"{where} on a line, the job's options below"
-            )
+            found[name] = self.table(where, OptionFields, value, f"{where} on a line, the job's options below")
         return found
 
     def table(self, where: str, kind: type[Struct], given: Any, wants: str, dot: str = " ") -> Any:

@@ -20,7 +20,7 @@ from workerd import __version__, config, forkserver, log, metrics, notify, scrap
 from workerd.claims import Claims
 from workerd.control import Control
 from workerd.engine import Engine
-from workerd.errors import ConfigError, Exit, SpoolError, StartError
+from workerd.errors import ConfigError, Exit, SpoolError, StartError, WorkerdError
 from workerd.feeder import Feeder, SocketFile
 from workerd.pool import Pool
 from workerd.queue import JobQueue
@@ -132,16 +132,24 @@ class Daemon:
 
     def _bind(self) -> tuple[socket.socket, socket.socket | None]:
         settings = self.settings
-        feeder_socket, metrics_socket = notify.split(notify.inherited_sockets())
+        inherited = notify.inherited_sockets()
+        feeder_socket, metrics_socket = notify.split(inherited)
         if feeder_socket is None:
             file = SocketFile(settings.feeder.socket, settings.feeder.mode, settings.feeder.group)
             self._exits.callback(file.close)
             feeder_socket = file.socket
-        if settings.metrics.listen is not None:
-            metrics_socket = metrics_socket or scrape.bind(*settings.metrics.listen)
-        elif metrics_socket is not None:
-            metrics_socket.close()
-            metrics_socket = None
+        if settings.metrics.listen is None:
+            if metrics_socket is not None:
+                metrics_socket.close()
+            return feeder_socket, None
+        if metrics_socket is None:
+            try:
+                metrics_socket = scrape.bind(*settings.metrics.listen)
+            except WorkerdError as error:
+                if not inherited:
+                    raise
+                # a sandbox without a network: the socket unit should have brought this one too
+                logger.warning("no metrics: systemd passed no socket for them, and %s", error)
         return feeder_socket, metrics_socket
 
     def _start_metrics(self, sock: socket.socket | None) -> None:

@@ -132,9 +132,7 @@ def _directory(path: Any) -> bytes:
     if not isinstance(path, str):
         raise TypeError(f"path must be a string, not {path!r}")
     if not os.path.isabs(path):
-        raise ValueError(
-            f"path must be absolute, for workers have a working directory of their own: {path!r}"
-        )
+        raise ValueError(f"path must be absolute, for workers have a working directory of their own: {path!r}")
     if not os.path.isdir(path):
         raise NotADirectoryError(f"path is no directory that this user can see: {path!r}")
     return os.fsencode(path)
@@ -164,7 +162,4 @@ def _text(name: bytes | str | None) -> str:
 
 
 def _largest(sizes: Iterable[tuple[bytes, int]], top: int) -> list[tuple[str, int]]:
-    return [
-        (_text(name), size)
-        for name, size in heapq.nsmallest(top, sizes, key=lambda item: (-item[1], item[0]))
-    ]
+    return [(_text(name), size) for name, size in heapq.nsmallest(top, sizes, key=lambda item: (-item[1], item[0]))]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 
 import click
@@ -9,6 +10,7 @@ import click
 from workerd.errors import Exit, WorkerdError
 from workerd.terminal import complain
 
+OUTPUT_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EBADF, errno.EFBIG}
 INTERRUPTED = 130  # as the shell says it: 128 and the number of SIGINT
 
 EPILOG = """\b
@@ -48,7 +50,7 @@ def explain(error: BaseException) -> int:
         case WorkerdError():
             complain(str(error))
             return error.exit_status
-        case OSError() if error.errno is not None and error.filename is None:
+        case OSError() if error.errno in OUTPUT_FAULTS and error.filename is None:
             complain(f"the output cannot be written: {error.strerror}")
             return Exit.FAILED
         case _:

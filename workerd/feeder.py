@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 BACKLOG = 4096
 WRITE_HIGH = 4 * 2**20  # bytes of unread replies after which a connection is not read from
 WRITE_LIMIT = 64 * 2**20  # ... after which it is closed: results come without being asked for
-PENDING_BYTES = 512 * 2**10  # bytes of requests without a reply after which a connection is not read from
+PENDING_BYTES = 2**20  # bytes of requests without a reply after which a connection is not read from
 TOTAL_PENDING = 64 * 2**20  # the same for all connections together
 
 
@@ -223,8 +223,11 @@ class SocketFile:
     def __init__(self, path: Path, mode: int, group: str) -> None:
         """Bind `path`, replacing a socket that nobody listens on. Raises ConfigError or WorkerdError."""
         self.path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._lock = os.open(f"{path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._lock = os.open(f"{path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise _unusable(path, error) from None
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self._remove_stale()
@@ -232,6 +235,9 @@ class SocketFile:
         except BlockingIOError:
             os.close(self._lock)
             raise WorkerdError(f"{path}: another workerd listens there; stop it first") from None
+        except OSError as error:
+            os.close(self._lock)
+            raise _unusable(path, error) from None
         except BaseException:
             os.close(self._lock)
             raise
@@ -280,3 +286,8 @@ class SocketFile:
             if self.path.lstat().st_ino == self._inode:
                 self.path.unlink()
         os.close(self._lock)
+
+
+def _unusable(path: Path, error: OSError) -> ConfigError:
+    remedy = "choose a folder that this user may write to, or let systemd pass the socket"
+    return ConfigError(f"[feeder] socket: cannot listen on {path}: {error.strerror}; {remedy}")

@@ -33,7 +33,14 @@ if TYPE_CHECKING:
 
     from workerd.config import Config
 
-BOOTSTRAP = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from workerd.zygote import main; main()"
+# our own module path comes first, since without it `workerd` may not be found
+BOOTSTRAP = f"""
+import json, socket, sys
+sock = socket.socket(fileno=int(sys.argv[1]))
+sys.path[:] = json.loads(sock.recv({MESSAGE_LIMIT}))
+from workerd.zygote import main
+main(sock)
+"""
 IMPORT_ENDED = "[attributes] class: importing its module ended the process that imported it; mend the module"
 
 
@@ -51,17 +58,14 @@ class ForkServer:
         """Start the process; its first message will be `Loaded` or `Unusable`."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
-            arguments = [
-                str(theirs.fileno()),
-                str(claims_fd),
-                str(os.getpid()),
-                msgspec.json.encode(spec).decode(),
-            ]
+            arguments = [str(theirs.fileno()), str(claims_fd), str(os.getpid())]
+            ours.send(json.dumps(sys.path).encode())
+            ours.send(msgspec.json.encode(spec))
             process = subprocess.Popen(
-                [sys.executable, "-P", "-c", BOOTSTRAP, json.dumps(sys.path), *arguments],
+                [sys.executable, "-P", "-c", BOOTSTRAP, *arguments],
                 pass_fds=[theirs.fileno(), claims_fd],
                 stdin=subprocess.DEVNULL,
-                stdout=sys.stderr.fileno(),  # what a module prints on import is no output of ours
+                stdout=2,  # what a module prints on import is no output of ours
                 start_new_session=True,
             )
         return cls(ours, process)

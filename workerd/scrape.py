@@ -12,6 +12,7 @@ import logging
 import os
 import select
 import socket
+import socketserver
 import sys
 import threading
 from typing import TYPE_CHECKING, Any
@@ -129,9 +130,8 @@ class Server(ThreadingWSGIServer):
     """wsgiref's server on a socket that somebody else has bound, with a limit on its connections."""
 
     def __init__(self, sock: socket.socket) -> None:
-        # Not the classes' own way of binding: it looks the host's name up, in the DNS if need be.
-        super().__init__(("", 0), RequestHandler, bind_and_activate=False)
-        self.socket.close()
+        # Not the classes' own way: it makes a socket, which a sandbox may forbid, and looks the host's name up.
+        socketserver.BaseServer.__init__(self, sock.getsockname(), RequestHandler)
         self.socket = sock
         sock.setblocking(False)
         self.server_address = sock.getsockname()

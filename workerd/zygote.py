@@ -80,20 +80,19 @@ class Exited(msgspec.Struct, frozen=True, tag=True):
 Message = Loaded | Unusable | Started | Exited
 
 
-def main() -> None:
-    """Entry of the fork server's process; arguments as `ForkServer.start` gives them."""
-    fd, claims_fd, parent = map(int, sys.argv[2:5])
-    spec = msgspec.json.decode(sys.argv[5], type=Spec)
+def main(sock: socket.socket) -> None:
+    """Entry of the fork server's process; arguments and first message as `ForkServer.start` gives them."""
+    claims_fd, parent = map(int, sys.argv[2:4])
     die_with_parent(parent)
     name_process("workerd-fork")
     sys.argv[:] = ["workerd"]
-    sock = socket.socket(fileno=fd)
+    spec = msgspec.json.decode(sock.recv(MESSAGE_LIMIT), type=Spec)
     try:
         attributes = load_class(spec)
     except ConfigError as error:
         cause = error.__cause__
         reply: Message = Unusable(str(error), worker.describe(cause) if cause else "")
-        sock.send(msgspec.json.encode(reply)[:MESSAGE_LIMIT])
+        sock.send(msgspec.json.encode(reply))
         return
     sock.send(msgspec.json.encode(Loaded(describe_targets(attributes))))
     serve(sock, Claims(claims_fd), attributes, spec.settings)
