@@ -38,7 +38,7 @@ NEIGHBOURS: dict[str, set[str]] = {
     "process": {"worker"},
     "generation": {"forkserver", "process", "zygote"},
     "settle": {"worker", "process"},
-    "dispatcher": {"process"},
+    "dispatcher": {"process", "settle"},
     "pool": {"worker", "forkserver", "process", "generation", "settle", "dispatcher"},
     "engine": {"answer"},
     "control": {"engine"},

@@ -120,14 +120,10 @@ def test_auto_is_one_worker_a_cpu(file: Path) -> None:
     assert accepted(file, '[workers]\ncount = "auto"').workers.count == len(os.sched_getaffinity(0))
 
 
-def test_relative_paths_are_taken_from_the_folder_of_the_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_relative_paths_are_taken_from_the_folder_of_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the program was started does not matter, also when the file itself is named relatively."""
     (tmp_path / "lib").mkdir()
-    (tmp_path / "w.toml").write_text(
-        f'{CLASS}path = ["lib"]\n[feeder]\nsocket = "w.sock"\n[spool]\npath = "s/pool.db"'
-    )
+    (tmp_path / "w.toml").write_text(f'{CLASS}path = ["lib"]\n[feeder]\nsocket = "w.sock"\n[spool]\npath = "s/pool.db"')
     monkeypatch.chdir(tmp_path / "lib")
     config = load(Path("../w.toml"))
     folder = tmp_path / "lib" / ".."

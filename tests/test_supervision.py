@@ -182,6 +182,21 @@ def test_quick_jobs_do_not_wait_behind_a_slow_one(daemon: Daemon) -> None:
     daemon.wait_until_done()
 
 
+def test_what_has_ended_is_settled_while_a_slow_job_runs(tmp_path: Path) -> None:
+    """Quick jobs that were given to the worker together with a slow one count as done while that one runs."""
+    ledger = tmp_path / "ledger"
+    with Daemon(tmp_path, SOURCE, workers={"count": 1}) as daemon:
+        with daemon.connect() as client:
+            client.pipeline([job("mark", str(ledger)), job("sleep", 0)])
+            daemon.wait_until_done()
+            requests = [job("mark", str(ledger)) for _ in range(60)]
+            requests[30] = job("sleep", 600)
+            client.batch(requests)
+        daemon.wait_until(lambda status: status["targets"]["mark"]["succeeded"] == 31, "30 and the first")
+        daemon.wait_until(lambda status: status["jobs"]["ready"] == 29)
+        assert ledger.stat().st_size == 31
+
+
 def test_a_killed_fork_server_is_replaced_with_its_workers(daemon: Daemon) -> None:
     """SIGKILL of the fork server takes its workers with it; all are started anew, and jobs run."""
     workers = daemon.workers()

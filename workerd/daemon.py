@@ -132,7 +132,7 @@ class Daemon:
 
     def _bind(self) -> tuple[socket.socket, socket.socket | None]:
         settings = self.settings
-        inherited = notify.inherited_sockets()
+        inherited = self._inherited = notify.inherited_sockets()
         feeder_socket, metrics_socket = notify.split(inherited)
         if feeder_socket is None:
             file = SocketFile(settings.feeder.socket, settings.feeder.mode, settings.feeder.group)
@@ -247,7 +247,8 @@ class Daemon:
         text = "stopping: %d running jobs have %.0f s to finish"
         logger.info(text, running, timeout, extra={"event": "daemon_stopping"})
         self.engine.draining = True
-        self.feeder.stop_accepting()
+        if self._inherited:
+            self.feeder.stop_accepting()  # whoever connects now waits in systemd's socket for the next daemon
         self._stop.clear()
         with self.reporter.more_time():
             draining = self._loop.create_task(self.pool.drain(timeout))

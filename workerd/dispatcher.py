@@ -1,56 +1,58 @@
 """Which worker is given work, and when: on every change, on a due scheduled job, and when jobs sit behind a slow one.
 
-There is no polling: one timer for the next scheduled job, and one that runs only while a worker is idle although
-another one holds jobs that it has not begun.
+There is no polling: one timer for the next scheduled job, and one that runs only while workers hold several jobs.
 """
 
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from workerd.queue import BATCH_JOBS
 
 if TYPE_CHECKING:
     import asyncio
-    from collections.abc import Callable
 
     from workerd.process import WorkerProcess
     from workerd.queue import JobQueue
+    from workerd.settle import Observer
 
-STEAL_AFTER = 0.003  # seconds that jobs may sit behind another one while a worker is idle
+LOOK_AFTER = 0.005  # seconds after which a worker that was given several jobs is looked at
+SLOW = 0.003  # seconds after which a job that others were given with is slow
 CLOCK_CHECK = 60.0  # seconds after which a wait for a wall-clock time looks at the clock, which may have been set
 
 
+class Workers(Protocol):
+    """What the dispatcher needs of the pool."""
+
+    observer: Observer
+
+    def working(self) -> list[WorkerProcess]:
+        """The workers that may be given jobs now."""
+
+    def take_back(self, process: WorkerProcess) -> None:
+        """Have what it has not begun returned to the queue."""
+
+    def catch_up(self, process: WorkerProcess) -> None:
+        """Settle what it has finished and not reported."""
+
+
 class Dispatcher:
-    """`workers()`: those that may be given jobs now. `take_back(process)` asks for what it has not begun.
+    """See the module. `max_jobs`: what one worker is given in its life, 0 for any number."""
 
-    `on_due()` is called when a timer has given out work. `max_jobs`: what one worker is given in its life, 0 for
-    any number.
-    """
-
-    def __init__(
-        self,
-        queue: JobQueue,
-        loop: asyncio.AbstractEventLoop,
-        workers: Callable[[], list[WorkerProcess]],
-        take_back: Callable[[WorkerProcess], None],
-        on_due: Callable[[], None],
-    ) -> None:
+    def __init__(self, queue: JobQueue, loop: asyncio.AbstractEventLoop, workers: Workers) -> None:
         self.max_jobs = 0
         self.stopped = False
         self._queue = queue
         self._loop = loop
         self._workers = workers
-        self._take_back = take_back
-        self._on_due = on_due
-        self._steal: asyncio.TimerHandle | None = None
+        self._look: asyncio.TimerHandle | None = None
         self._due: asyncio.TimerHandle | None = None
 
     def stop(self) -> None:
         """Give out nothing more."""
         self.stopped = True
-        for timer in (self._steal, self._due):
+        for timer in (self._look, self._due):
             if timer is not None:
                 timer.cancel()
 
@@ -60,7 +62,7 @@ class Dispatcher:
             return
         queue = self._queue
         self._promote()
-        working = self._workers()
+        working = self._workers.working()
         while queue.has_ready() and working:
             # the idle first, and no more for each than its share while there is little
             working.sort(key=lambda process: len(process.holder.batches))
@@ -74,24 +76,26 @@ class Dispatcher:
                     process.assign(batch)
             if not given:
                 break
-        if self._steal is None and self._unfair(working):
-            self._steal = self._loop.call_later(STEAL_AFTER, self._even_out)
+        self._look_later(working)
 
-    def _unfair(self, working: list[WorkerProcess]) -> bool:
-        """Whether a worker has nothing to do while another holds jobs that it has not begun."""
-        idle = not self._queue.has_ready() and any(process.idle for process in working)
-        return idle and any(process.unstarted() for process in working)
+    def _look_later(self, working: list[WorkerProcess]) -> None:
+        if self._look is None and any(len(process.holder) > 1 for process in working):
+            self._look = self._loop.call_later(LOOK_AFTER, self._look_at_all)
 
-    def _even_out(self) -> None:
-        self._steal = None
-        working = self._workers()
-        if not self._unfair(working):
-            return
-        for process in working:
+    def _look_at_all(self) -> None:
+        """Where a job turns out to be slow, the jobs before it are settled, and those behind it given to the idle."""
+        self._look = None
+        again = False
+        for process in self._workers.working():
             running = process.running()
-            if running and running[2] > STEAL_AFTER / 2:
-                self._take_back(process)
-        self.dispatch()
+            if running is None or running[2] < SLOW:
+                again = True
+                continue
+            self._workers.catch_up(process)
+            if process.unstarted() and not self._queue.has_ready() and any(w.idle for w in self._workers.working()):
+                self._workers.take_back(process)
+        if again:
+            self._look_later(self._workers.working())
 
     def _promote(self) -> None:
         """Let the scheduled jobs that are due join their lines, and wake when the next one is."""
@@ -111,4 +115,4 @@ class Dispatcher:
     def _wake(self) -> None:
         self._due = None
         self.dispatch()
-        self._on_due()
+        self._workers.observer.settled()

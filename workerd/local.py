@@ -262,7 +262,7 @@ class Supervisor:
         sys.stderr.write(f"{text}\n")
 
     def worker_exited(self, worker: int, reason: str, status: int, job: Job | None) -> None:
-        if reason != "retired":
+        if reason != "retired" and not self._done.is_set():
             _say(f"worker {worker} is gone ({reason}, status {status}) and is replaced")
         self.settled()
 

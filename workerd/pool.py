@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from workerd import worker
-from workerd.claims import SEQ, SLOTS
+from workerd.claims import DONE, SEQ, SLOTS
 from workerd.dispatcher import Dispatcher
 from workerd.generation import Generation
 from workerd.process import Phase, WorkerProcess
@@ -49,7 +49,7 @@ class Pool:
         self.paused = False  # draining: nothing new is started
         self._settler = Settler(queue, observer)
         self._free_slots = list(range(SLOTS))
-        self._dispatcher = Dispatcher(queue, self.loop, self._working, self._take_back, observer.settled)
+        self._dispatcher = Dispatcher(queue, self.loop, self)
         self._generation_number = 0
         self._quiet = asyncio.Event()
 
@@ -136,7 +136,7 @@ class Pool:
 
     def _retire(self, process: WorkerProcess) -> None:
         process.phase = Phase.RETIRING
-        self._take_back(process)
+        self.take_back(process)
         if not process.holder.batches:
             process.dismiss()
 
@@ -162,8 +162,6 @@ class Pool:
         kind = message[0]
         if kind == worker.OUTCOMES:
             self._settler.outcomes(process, *message[1:])
-            if self.max_jobs and process.finished >= self.max_jobs:
-                self._recycle(process)
         elif kind == worker.OUTPUT:
             level, text, seq, key, target = message[1:]
             self.observer.output(process.number, level, text, None if seq is None else (seq, key, target))
@@ -192,6 +190,8 @@ class Pool:
             self.converge()
 
     def _after(self, process: WorkerProcess) -> None:
+        if self.max_jobs and process.holder.position >= self.max_jobs and not process.holder.batches:
+            self._recycle(process)
         if process.phase is Phase.RETIRING and not process.holder.batches:
             process.dismiss()
         if self.paused and not any(process.holder.batches for process in self.workers()):
@@ -213,14 +213,14 @@ class Pool:
 
     def patience(self) -> float:
         """Seconds in which the jobs that are waiting should all have ended; 0 when that is not soon."""
-        free = sum(process.holder.cost < BATCH_SECONDS for process in self._working())
+        free = sum(process.holder.cost < BATCH_SECONDS for process in self.working())
         backlog = self.queue.backlog
         if not free or any(line.stored for line in backlog.lines.values()):
             return 0.0
         expected = (backlog.in_memory + self.queue.held) * max(self.queue.pace / free, OVERHEAD)
         return LEEWAY + 2 * expected if expected < LONGEST_PATIENCE else 0.0
 
-    def _working(self) -> list[WorkerProcess]:
+    def working(self) -> list[WorkerProcess]:
         """The workers that may be given jobs: until a new generation is complete, those of the old one."""
         if not self.generations:
             return []
@@ -228,9 +228,17 @@ class Pool:
         workers = next(complete, self.current).workers.values()
         return [process for process in workers if process.phase is Phase.READY and not process.revoked_to]
 
-    def _take_back(self, process: WorkerProcess) -> None:
+    def take_back(self, process: WorkerProcess) -> None:
         """Have what it has not begun returned to the queue."""
         process.revoke(self._visible)
+
+    def catch_up(self, process: WorkerProcess) -> None:
+        """Settle what it has finished and will not report before its present job ends."""
+        done = process.slot[DONE]
+        while process.read(self._on_message):
+            pass
+        self._settler.catch_up(process, done)
+        self.observer.settled()
 
     def _visible(self, process: WorkerProcess, keep: int) -> None:
         self.queue.release(process.holder, keep)
@@ -243,7 +251,7 @@ class Pool:
         self.paused = True
         self._dispatcher.stop()
         for process in self.workers():
-            self._take_back(process)
+            self.take_back(process)
         self._quiet.clear()
         if any(process.holder.batches for process in self.workers()):
             with contextlib.suppress(TimeoutError):

@@ -41,6 +41,7 @@ class Holder:
     def __init__(self) -> None:
         self.batches: deque[Batch] = deque()
         self.position = 0  # of the last job given
+        self.reported = 0  # position of the last job reported
         self.cost = 0.0  # estimated seconds of work
 
     def __len__(self) -> int:
@@ -143,6 +144,7 @@ class JobQueue:
             del batch.jobs[:count]
             batch.first += count
         self.held -= count
+        holder.reported = first + count - 1
         return jobs
 
     def learn(self, target: str, seconds: float) -> None:

@@ -69,7 +69,14 @@ class Settler:
 
     def outcomes(self, process: WorkerProcess, first: int, started: int, outcomes: list[Any]) -> None:
         """The worker ran jobs from position `first` on, the first at monotonic nanosecond `started`."""
+        known = process.holder.reported + 1 - first
+        if known > 0:  # we were quicker: see catch_up
+            first += known
+            started += sum(outcomes[:known])
+            outcomes = outcomes[known:]
         count = len(outcomes)
+        if not count:
+            return
         jobs = self.queue.report(process.holder, first, count)
         process.finished += count
         process.latest = jobs[-1]
@@ -111,15 +118,25 @@ class Settler:
         reason = "timed_out" if kind == worker.TIMEOUT else "failed"
         self.observer.failed(job, reason, payload.encode(), duration)
 
+    def catch_up(self, process: WorkerProcess, done: int) -> None:
+        """Take the jobs up to position `done` for successes, which the worker has not reported yet.
+
+        `done` was read from its slot before its pipe was read to the end, so that these are plain successes only.
+        How long each took is an estimate.
+        """
+        holder = process.holder
+        while holder.batches and (count := min(done + 1 - holder.batches[0].first, len(holder.batches[0].jobs))) > 0:
+            batch = holder.batches[0]
+            each = int(batch.cost / max(1, len(batch.jobs)) * 1e9)
+            jobs = self.queue.report(holder, batch.first, count)
+            process.finished += count
+            self._report_plain(jobs, [each] * count, process.slot[SINCE])
+
     def dead(self, process: WorkerProcess, *, charge: bool) -> Job | None:
         """Settle what a dead worker held; returns the job that it took with it, if one is to be charged."""
         holder, slot = process.holder, process.slot
         started, done = slot[STARTED], slot[DONE]
-        # Finished, but not reported any more: plain successes, whose time we estimate.
-        while holder.batches and (count := min(done + 1 - holder.batches[0].first, len(holder.batches[0].jobs))) > 0:
-            batch = holder.batches[0]
-            each = int(batch.cost / max(1, len(batch.jobs)) * 1e9)
-            self._report_plain(self.queue.report(holder, batch.first, count), [each] * count, slot[SINCE])
+        self.catch_up(process, done)
         victim: Job | None = None
         running = holder.batches and started > done and holder.batches[0].first == started
         if running and charge:

@@ -142,8 +142,6 @@ class Worker:
                 first, jobs = self._decode(self.connection.recv_bytes())
                 if first >= self.skip_to:
                     self._run_batch(first, jobs, methods)
-                    if self.settings.max_memory and resident_memory() > self.settings.max_memory:
-                        self.send(RECYCLE)
 
     def _run_batch(self, first: int, jobs: list[Job], methods: Methods) -> None:
         slot = self.slot
@@ -185,14 +183,20 @@ class Worker:
             else:
                 outcomes.append((end - begin, *special))
             if special is not None or end - reported > REPORT_AFTER:
-                self.send(OUTCOMES, position - len(outcomes) + 1, reported, outcomes)
+                self._report(position, reported, outcomes)
                 slot[claims.DONE] = position
                 outcomes = []
                 reported = end
             begin = end
         self.current = None
         if outcomes:
-            self.send(OUTCOMES, position - len(outcomes) + 1, reported, outcomes)
+            self._report(position, reported, outcomes)
+
+    def _report(self, last: int, began: int, outcomes: list[Any]) -> None:
+        """Send the outcomes of the jobs up to position `last`, the first of which began at nanosecond `began`."""
+        if self.settings.max_memory and resident_memory() > self.settings.max_memory:
+            self.send(RECYCLE)  # first, so that no job comes in between
+        self.send(OUTCOMES, last - len(outcomes) + 1, began, outcomes)
 
     def _stop(self, position: int, outcomes: list[Any], reported: int) -> None:
         """The rest of what we were given was taken back: say where we stopped."""
@@ -202,7 +206,7 @@ class Worker:
         self.skip_to = slot[claims.REVOKED_TO]
         slot[claims.REVOKED_FROM] = claims.NEVER
         if outcomes:
-            self.send(OUTCOMES, position - len(outcomes), reported, outcomes)
+            self._report(position - 1, reported, outcomes)
         self.send(STOPPED, position)
 
     def _expire(self, _number: int, _frame: FrameType | None) -> None:
