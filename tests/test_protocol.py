@@ -91,7 +91,7 @@ def test_replies_come_in_the_order_of_the_requests(daemon: Daemon) -> None:
     requests: list[Any] = []
     for number in range(300):
         requests += [
-            job("echo", number, id=f"order-{number}"),
+            job("echo", number, id=f"nth-{number}"),
             {"command": "ping", "id": f"ping-{number}"},
             job("no_such_target", id=f"bad-{number}"),
             [job("echo", number), job("echo", number, id=f"batch-{number}")],
@@ -100,7 +100,7 @@ def test_replies_come_in_the_order_of_the_requests(daemon: Daemon) -> None:
         replies = client.pipeline(requests)
     for number in range(300):
         accepted, ping, bad, batch = replies[4 * number : 4 * number + 4]
-        assert (accepted["id"], accepted["status"]) == (f"order-{number}", "accepted")
+        assert (accepted["id"], accepted["status"]) == (f"nth-{number}", "accepted")
         assert ping["id"] == f"ping-{number}"
         assert (bad["id"], bad["error"]["code"]) == (f"bad-{number}", "unknown_target")
         assert batch[1] == {"id": f"batch-{number}", "status": "accepted"}
