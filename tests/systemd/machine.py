@@ -92,7 +92,7 @@ class Machine:
             raise MachineError(f"the machine ended at boot, status {status}:\n{console}")
         for nspawn in _children(self._process.pid):
             for leader in _children(nspawn):
-                if Path(f"/proc/{leader}/comm").read_text() == "systemd\n":
+                if _name(leader) == "systemd":
                     enter = ["nsenter", "--target", str(leader), "--all", "systemctl", "is-system-running"]
                     state = subprocess.run(enter, capture_output=True, text=True, check=False, env=ENVIRONMENT).stdout
                     if state.strip() in {"running", "degraded"}:
@@ -194,6 +194,13 @@ class Machine:
     def copy(self, source: Path, path: str, ignore: Iterable[str] = ()) -> None:
         """Copy the folder to the path, without what the patterns name."""
         shutil.copytree(source, self.path(path), ignore=shutil.ignore_patterns(*ignore), symlinks=True)
+
+
+def _name(pid: int) -> str:
+    """What the process is called; nothing where it has ended meanwhile, as nspawn's helpers do."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/comm").read_text().strip()
+    return ""
 
 
 def _children(pid: int) -> list[int]:
