@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import signal
 import socket
-from typing import TYPE_CHECKING
+import threading
+from pathlib import Path
 
 import pytest
 from daemon_process import Daemon, Process, job, wait_until
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 SOURCE = """
 import ctypes, os, time
@@ -206,3 +204,38 @@ def test_no_process_outlives_the_daemon(tmp_path: Path) -> None:
             process.kill(signal.SIGSTOP)
         daemon.kill(signal.SIGKILL)
         wait_until(lambda: not any(isinstance(p, Process) and p.alive for p in family), "all are gone", 10)
+
+
+def test_a_million_queued_jobs_fit_into_200_mib(tmp_path: Path) -> None:
+    """The backlog is on the disk: at no time does the daemon have more than 200 MiB of resident memory, neither
+    while a million jobs come in, nor after a restart on top of them, and none is missing.
+    """
+    count = 1_000_000
+    line = b'{"target": "noop", "arguments": {"key": "value"}}\n'
+    gates = [str(tmp_path / name) for name in ("one", "two")]
+    with Daemon(tmp_path, SOURCE) as daemon:
+        with daemon.connect() as client:
+            client.batch([job("wait_for", gate, priority=0) for gate in gates])
+            daemon.wait_until(lambda status: status["jobs"]["running"] == 2)
+            sender = threading.Thread(target=client.socket.sendall, args=(line * count,))
+            sender.start()
+            replies = 0
+            while replies < count:
+                replies += client.socket.recv(2**20).count(b"\n")
+            sender.join()
+        assert daemon.status()["jobs"]["ready"] == count
+        assert peak_memory(daemon.pid) < 200 * 2**20
+        daemon.kill(signal.SIGKILL)
+        daemon.start()
+        assert daemon.status()["jobs"]["ready"] >= count
+        for gate in gates:
+            Path(gate).touch()
+        status = daemon.wait_until_done()
+        assert status["targets"]["noop"]["succeeded"] == count
+        assert peak_memory(daemon.pid) < 200 * 2**20
+
+
+def peak_memory(pid: int) -> int:
+    """The most resident memory that the process ever had, in bytes (proc_pid_status(5))."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith("VmHWM:")).split()[1]) * 1024

@@ -87,6 +87,14 @@ def through_daemon(daemon: Daemon, jobs: int) -> float:
         return jobs / (time.perf_counter() - began)
 
 
+def machine() -> str:
+    """What this was measured on."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    cpu = next((line.partition(": ")[2] for line in lines if line.startswith("model name")), "unknown processor")
+    system = f"Linux {platform.release()}, Python {platform.python_version()}"
+    return f"{multiprocessing.cpu_count()} x {cpu}, {system}"
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
@@ -109,9 +117,7 @@ def main() -> None:
                     rate = system(options.jobs)
                     if turn:  # the first round warms up
                         measured.append(rate)
-    cpu = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line), "")
-    print(f"{multiprocessing.cpu_count()} x {cpu.partition(': ')[2]}, Linux {platform.release()}, ", end="")
-    print(f"Python {platform.python_version()}; {options.rounds} rounds of {options.jobs} jobs, {WORKERS} workers")
+    print(f"{machine()}; {options.rounds} rounds of {options.jobs} jobs, {WORKERS} workers")
     base = rates["multiprocessing.Queue"]
     print(f"{'':24}{'jobs/s: median':>16}{'min':>10}{'max':>10}{'ratio: median':>16}{'min':>7}{'max':>7}")
     for name, measured in rates.items():
