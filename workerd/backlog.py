@@ -57,6 +57,8 @@ class Backlog:
         """Take in jobs: to the end of their line, to the schedule, or past the window (`spilled`)."""
         line: Line | None = None
         priority = -1
+        count = size = 0  # what comes into memory, and what there is room for
+        room, room_bytes = self.window - self.in_memory, self.window_bytes - self.bytes_in_memory
         for job in jobs:
             if job.ready_at > now:
                 job.state = State.SCHEDULED
@@ -66,15 +68,18 @@ class Backlog:
                 priority = job.options.priority
                 line = self.line(priority)
             assert line is not None
-            if ((line.stored or self.frozen) and job.seq > line.cursor) or not self._has_room(line):
+            full = (count >= room or size >= room_bytes) and line.jobs  # an empty line may always begin
+            if full or ((line.stored or self.frozen) and job.seq > line.cursor):
                 if not (line.stored or self.frozen):
                     line.cursor = job.seq - 1
                 line.stored += 1
                 self.spilled.append(job)
             else:
                 line.jobs.append(job)
-                self.in_memory += 1
-                self.bytes_in_memory += len(job.arguments)
+                count += 1
+                size += len(job.arguments)
+        self.in_memory += count
+        self.bytes_in_memory += size
 
     def recover(self, ready: dict[int, int], scheduled: int) -> None:
         """Start on a spool that holds so many ready jobs of each priority, and so many scheduled ones."""

@@ -28,6 +28,7 @@ T = TypeVar("T")
 
 LINGER = 0.02  # seconds for which mere endings of jobs wait for company: nobody waits for them
 RETRY = 0.25  # seconds between attempts while the disk refuses
+FEW = 16  # jobs in memory that are acknowledged at once; the sender of more can wait, and so not run ahead
 ENDED = (State.SUCCEEDED, State.DEAD)  # a dead job is stored by its burial
 NOTHING = Committed(frozenset())
 
@@ -89,6 +90,9 @@ class Writer:
 
     def add(self, jobs: list[Job], keyed: list[Job], pending: Pending) -> None:
         """Make jobs safe; `pending` is told when they are. Those in `keyed` are not to be run before that."""
+        if not (self.durable or keyed or self._entries) and len(jobs) < FEW:
+            pending.committed(NOTHING)
+            return
         self._entries.append(Entry(self._loop.time(), jobs, keyed, pending))
         self._wait(0.0 if keyed else self.patience())
 
