@@ -180,9 +180,8 @@ class Feeder:
         """Accept clients on a bound socket, which stays the caller's; `handle` completes each reply, now or later."""
         self.handle = handle
         self._socket = sock.dup()
-        sock.listen(BACKLOG)
         loop = asyncio.get_running_loop()
-        self._server = await loop.create_unix_server(lambda: Connection(self), sock=self._socket)
+        self._server = await loop.create_unix_server(lambda: Connection(self), sock=self._socket, backlog=BACKLOG)
 
     def admit(self, connection: Connection) -> bool:
         """Count a new connection in; False when there are too many."""
