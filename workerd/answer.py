@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from typing import TYPE_CHECKING, Protocol
 
 from msgspec import UNSET
@@ -69,8 +70,19 @@ class Answer:
             else f'{{"id":{protocol.quoted(entry.key)},"status":"{"accepted" if entry.seq in new else "duplicate"}"}}'
             for entry in self.entries
         ]
+        self._count(
+            [
+                entry.target
+                for entry in self.entries
+                if not isinstance(entry, bytes) and (entry.key is None or entry.seq in new)
+            ]
+        )
         text = f"[{','.join(lines)}]\n" if self.batch else "\n".join(lines) + "\n"
         self.reply.complete(text.encode())
+
+    def _count(self, targets: list[str]) -> None:
+        for target, count in Counter(targets).items():
+            self.engine.metrics.submitted(target, count)
 
     def refused(self, error: SpoolError) -> None:
         """The writer: nothing was stored. A job that has succeeded all the same is truly accepted."""
@@ -91,6 +103,7 @@ class Answer:
             return
         prefix = self.engine.prefix
         gone = {job.seq for job in lost}
+        self._count([job.target for job in jobs if job.seq not in gone])
         lines = [
             entry
             if isinstance(entry, bytes)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import Counter
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
@@ -78,8 +77,6 @@ class Engine:
             answer.refuse_all(request.jobs, Code.UNKNOWN_TARGET, where + self._unknown(request.jobs[unknown[0]]))
             return
         jobs, keyed = self._make_jobs(request.jobs, answer, now)
-        for target, count in Counter([job.target for job in jobs + keyed]).items():
-            self.metrics.submitted(target, count)
         self.writer.add(jobs, keyed, answer)
         self.enter(jobs, now)
 
