@@ -31,7 +31,7 @@ def quick(queue: JobQueue, *targets: str) -> JobQueue:
 def test_first_come_first_served_within_a_priority_and_urgent_first() -> None:
     """Jobs of one priority run in the order of arrival; a more urgent line is emptied before a less urgent one."""
     queue = quick(JobQueue())
-    queue.enter([make(1), make(2, priority=5), make(3), make(4, priority=5)], 0.0)
+    queue.enter([make(1), make(2, priority=5), make(3), make(4, priority=5)])
     holder = Holder()
     batches = [queue.take(holder), queue.take(holder)]
     assert [seqs(batch.jobs) for batch in batches if batch] == [[2, 4], [1, 3]]
@@ -40,7 +40,7 @@ def test_first_come_first_served_within_a_priority_and_urgent_first() -> None:
 def test_unknown_and_slow_targets_travel_alone_and_quick_ones_together() -> None:
     """A job that may take long never has another behind it in a worker; jobs known to be quick share a batch."""
     queue = JobQueue()
-    queue.enter([make(seq) for seq in range(1, 6)], 0.0)
+    queue.enter([make(seq) for seq in range(1, 6)])
     holder = Holder()
     first = queue.take(holder)
     assert first is not None
@@ -58,7 +58,7 @@ def test_a_slow_job_does_not_join_a_batch_of_quick_ones() -> None:
     """A batch ends before a slow job, which waits until some worker holds nothing."""
     queue = quick(JobQueue(), "quick")
     queue.learn("slow", 10 * BATCH_SECONDS)
-    queue.enter([make(1, "quick"), make(2, "slow"), make(3, "quick")], 0.0)
+    queue.enter([make(1, "quick"), make(2, "slow"), make(3, "quick")])
     busy, idle = Holder(), Holder()
     assert (batch := queue.take(busy)) is not None
     assert seqs(batch.jobs) == [1]
@@ -70,10 +70,10 @@ def test_a_slow_job_does_not_join_a_batch_of_quick_ones() -> None:
 def test_released_jobs_return_to_the_front_in_order() -> None:
     """What a worker had not begun runs before what came later, in the old order, and nothing is charged for it."""
     queue = quick(JobQueue())
-    queue.enter([make(seq) for seq in range(1, 5)], 0.0)
+    queue.enter([make(seq) for seq in range(1, 5)])
     holder, other = Holder(), Holder()
     queue.take(holder)
-    queue.enter([make(5)], 0.0)
+    queue.enter([make(5)])
     assert seqs(queue.release(holder, keep=1)) == [2, 3, 4]
     assert len(holder) == 1
     batch = queue.take(other)
@@ -86,7 +86,7 @@ def test_a_failed_job_is_tried_until_its_attempts_are_used_up() -> None:
     """max_attempts=3: two retries at the time that the backoff names, then dead; crashes are counted apart."""
     queue = JobQueue()
     job = make(1, max_attempts=3, max_crashes=2, backoff=Backoff(base=4.0, cap=6.0))
-    queue.enter([job], 100.0)
+    queue.enter([job])
     now = 100.0
     fates = []
     for _ in range(3):
@@ -104,7 +104,7 @@ def test_a_job_that_kills_its_workers_is_buried_after_max_crashes() -> None:
     """Crashes are counted apart from attempts: max_attempts=1 does not bury a job that crashed once."""
     queue = JobQueue()
     job = make(1, max_crashes=2)
-    queue.enter([job], 0.0)
+    queue.enter([job])
     for expected in (State.SCHEDULED, State.DEAD):
         holder = Holder()
         queue.backlog.promote(job.ready_at)
@@ -117,7 +117,7 @@ def test_a_job_that_kills_its_workers_is_buried_after_max_crashes() -> None:
 def test_delayed_jobs_wait_for_their_time() -> None:
     """A scheduled job is not ready a moment early, and next_due names the moment."""
     queue = quick(JobQueue())
-    queue.enter([make(1, ready_at=10.0), make(2, ready_at=5.0), make(3)], 1.0)
+    queue.enter([make(1, ready_at=10.0), make(2, ready_at=5.0), make(3)])
     assert queue.backlog.next_due() == 5.0
     queue.backlog.promote(4.999)
     assert queue.backlog.ready_count() == 1
@@ -131,7 +131,7 @@ def test_limits_and_refused_jobs() -> None:
     """max_jobs counts all that have not ended; jobs which the spool refused are gone without a trace."""
     queue = quick(JobQueue(max_jobs=5, window=2))
     jobs = [make(1), make(2, ready_at=9.0), make(3), make(4)]
-    queue.enter(jobs, 0.0)
+    queue.enter(jobs)
     assert queue.room_for(1)
     assert not queue.room_for(2)
     assert seqs(queue.backlog.spilled) == [4]
@@ -163,9 +163,9 @@ def test_illegal_transitions_raise_and_change_nothing() -> None:
 def test_an_urgent_job_enters_a_full_window() -> None:
     """A backlog of unimportant jobs that fills the memory does not keep an urgent one out of it."""
     backlog = Backlog(window=3)
-    backlog.enter([make(seq) for seq in range(1, 6)], 0.0)
+    backlog.enter([make(seq) for seq in range(1, 6)])
     assert seqs(backlog.spilled) == [4, 5]
-    backlog.enter([make(6, priority=0)], 0.0)
+    backlog.enter([make(6, priority=0)])
     assert seqs(list(backlog.lines[0].jobs)) == [6]
 
 
@@ -182,6 +182,7 @@ class Walk(RuleBasedStateMachine):
         self.seq = 0
         self.now = 0.0
         self.with_workers: dict[int, Holder] = {}
+        self.reading: list[tuple[Refill, list[Job]]] = []  # what the spool has read, and the loop not yet heard of
 
     @rule(target=holders)
     def spawn(self) -> Holder:
@@ -193,9 +194,10 @@ class Walk(RuleBasedStateMachine):
         for _ in range(count):
             self.seq += 1
             jobs.append(make(self.seq, ready_at=self.now + delay, priority=priority, max_attempts=2))
+            jobs[-1].submitted = self.now
         self.alive |= set(seqs(jobs))
         self.stored |= {job.seq: job for job in jobs}
-        self.queue.enter(jobs, self.now)
+        self.queue.enter(jobs)
         self._spill_and_refill()
 
     @rule(holder=holders, most=st.integers(1, 5))
@@ -246,18 +248,22 @@ class Walk(RuleBasedStateMachine):
         backlog = self.queue.backlog
         backlog.spilled.clear()
         while (refill := backlog.wanted()) is not None:
-            backlog.refilled(refill, self._read(refill))
+            self.reading.append((refill, self._read(refill)))
+
+    @rule()
+    def deliver(self) -> None:
+        while self.reading:
+            self.queue.backlog.refilled(*self.reading.pop(0))
+            self._spill_and_refill()
 
     def _read(self, refill: Refill) -> list[Job]:
         waiting = [job for seq, job in self.stored.items() if seq in self.alive]
         if refill.priority is None:
-            found = [job for job in waiting if job.state is State.SCHEDULED and (job.ready_at, job.seq) > refill.after]
+            found = [job for job in waiting if job.ready_at > job.submitted and (job.ready_at, job.seq) > refill.after]
             found.sort(key=lambda job: (job.ready_at, job.seq))
         else:
-            found = [
-                job for job in waiting
-                if job.state is State.READY and job.options.priority == refill.priority and job.seq > refill.after[1]
-            ]  # fmt: skip
+            line = [job for job in waiting if job.ready_at <= job.submitted]
+            found = [job for job in line if job.options.priority == refill.priority and job.seq > refill.after[1]]
         return found[: max(1, refill.limit)]
 
     @invariant()
@@ -279,6 +285,8 @@ class Walk(RuleBasedStateMachine):
             if not self.alive:
                 break
             self.now += 1000.0
+            while self.reading:
+                self.queue.backlog.refilled(*self.reading.pop(0))
             self.queue.backlog.promote(self.now)
             self._spill_and_refill()
             for holder in {id(holder): holder for holder in self.with_workers.values()}.values():

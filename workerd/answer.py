@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from typing import TYPE_CHECKING, Protocol
 
@@ -25,8 +24,9 @@ class Intake(Protocol):
     prefix: str
     queue: JobQueue
     metrics: Metrics
+    waiters: dict[int, Reply]
 
-    def enter(self, jobs: list[Job], now: float) -> None:
+    def enter(self, jobs: list[Job]) -> None:
         """Queue jobs that are accepted."""
 
 
@@ -57,7 +57,7 @@ class Answer:
                 self.reply.connection.await_result(-1)
         self.accept(committed.new)
         if self.keyed:
-            self.engine.enter([job for job in self.keyed if job.seq in committed.new], time.time())
+            self.engine.enter([job for job in self.keyed if job.seq in committed.new])
 
     def accept(self, new: frozenset[int] | set[int]) -> None:
         """Send the acknowledgements; a job with a client's id that is not in `new` is a duplicate."""
@@ -94,6 +94,7 @@ class Answer:
             return
         self.engine.metrics.rejected(Code.SPOOL_FAILED, len(lost))
         for job in lost:
+            self.engine.waiters.pop(job.seq, None)
             if job.waiter is not None:
                 job.waiter = None
                 self.reply.connection.await_result(-1)

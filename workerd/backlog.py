@@ -48,19 +48,20 @@ class Backlog:
         self.scheduled_stored = 0
         self.scheduled_cursor = (inf, 0)  # scheduled jobs up to here are in memory
         self.scheduled_loading = False
+        self._meanwhile: list[Job] = []  # scheduled past the cursor while the jobs there were being read
         self.spilled: list[Job] = []  # jobs that left memory for the spool; the owner empties it
         self.frozen = 0  # the seq from which on dead jobs are being revived; 0: none are
         self.in_memory = 0  # ready jobs in memory, and the bytes of their arguments
         self.bytes_in_memory = 0
 
-    def enter(self, jobs: Iterable[Job], now: float) -> None:
+    def enter(self, jobs: Iterable[Job]) -> None:
         """Take in jobs: to the end of their line, to the schedule, or past the window (`spilled`)."""
         line: Line | None = None
         priority = -1
         count = size = 0  # what comes into memory, and what there is room for
         room, room_bytes = self.window - self.in_memory, self.window_bytes - self.bytes_in_memory
         for job in jobs:
-            if job.ready_at > now:
+            if job.ready_at > job.submitted:  # as in the spool; the dispatcher promotes it once it is due
                 job.state = State.SCHEDULED
                 self.schedule(job)
                 continue
@@ -122,6 +123,8 @@ class Backlog:
         if self.scheduled_stored and (job.ready_at, job.seq) > self.scheduled_cursor:
             self.scheduled_stored += 1
             self.spilled.append(job)
+            if self.scheduled_loading:
+                self._meanwhile.append(job)
             return
         heapq.heappush(self.scheduled, (job.ready_at, job.seq, job))
         if len(self.scheduled) > 2 * self.window:
@@ -153,12 +156,7 @@ class Backlog:
             self.refill_failed(refill)
             return
         if refill.priority is None:
-            self.scheduled_loading = False
-            self.scheduled_stored -= len(jobs)
-            for job in jobs:
-                heapq.heappush(self.scheduled, (job.ready_at, job.seq, job))
-            if jobs:
-                self.scheduled_cursor = (jobs[-1].ready_at, jobs[-1].seq)
+            self._refill_schedule(jobs)
             return
         line = self.lines[refill.priority]
         line.loading = False
@@ -172,8 +170,22 @@ class Backlog:
         """The spool could not be read; `wanted` will ask again."""
         if refill.priority is None:
             self.scheduled_loading = False
+            self._meanwhile.clear()
         else:
             self.lines[refill.priority].loading = False
+
+    def _refill_schedule(self, jobs: Sequence[Job]) -> None:
+        self.scheduled_loading = False
+        meanwhile, self._meanwhile = self._meanwhile, []
+        if not jobs:
+            return
+        self.scheduled_cursor = (jobs[-1].ready_at, jobs[-1].seq)
+        read = {job.seq for job in jobs}
+        # what was scheduled in that range after it had been read must not be left behind the cursor
+        missed = [job for job in meanwhile if (job.ready_at, job.seq) < self.scheduled_cursor and job.seq not in read]
+        for job in (*jobs, *missed):
+            heapq.heappush(self.scheduled, (job.ready_at, job.seq, job))
+            self.scheduled_stored -= 1
 
     def withdraw(self, jobs: Iterable[Job]) -> int:
         """Forget jobs that the spool could not store, if they are here; returns how many were."""

@@ -6,6 +6,7 @@ waits for the writer; what only has to run does not.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from itertools import accumulate
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("workerd")
 
+EMPTY_REFILL = 0.25  # seconds after which to look again for a backlog that was not found
 REFILL_BYTES = 16 * 2**20
 
 UNKNOWN_TARGET = "no method of the class is called {}; the targets are {}"
@@ -50,6 +52,7 @@ class Engine:
         self.next_seq = writer.spool.first_seq
         self.defaults: dict[str, Options] = {}  # of each target
         self.draining = False
+        self.waiters: dict[int, Reply] = {}  # by seq: who waits for a job that is only in the spool at present
         self.dead = 0
         self.pool: Pool
         self.on_change: Callable[[], None] = lambda: None
@@ -78,7 +81,7 @@ class Engine:
             return
         jobs, keyed = self._make_jobs(request.jobs, answer, now)
         self.writer.add(jobs, keyed, answer)
-        self.enter(jobs, now)
+        self.enter(jobs)
 
     def _make_jobs(
         self, requests: list[protocol.JobRequest], answer: Answer, now: float
@@ -114,9 +117,9 @@ class Engine:
     def _unknown(self, request: protocol.JobRequest) -> str:
         return UNKNOWN_TARGET.format(protocol.shown(request.target), ", ".join(sorted(self.defaults)))
 
-    def enter(self, jobs: list[Job], now: float) -> None:
+    def enter(self, jobs: list[Job]) -> None:
         """Jobs are accepted, or as good as: queue them, and set the workers to work."""
-        self.queue.enter(jobs, now)
+        self.queue.enter(jobs)
         self.pool.dispatch()
         self.settled()
 
@@ -222,6 +225,7 @@ class Engine:
         writer.collect()
         if queue.backlog.spilled:
             spilled, queue.backlog.spilled = queue.backlog.spilled, []
+            self.waiters |= {job.seq: job.waiter for job in spilled if job.waiter is not None}
             if not writer.durable:  # else they are in the spool already, or about to be
                 for job in spilled:
                     fresh = not (job.stored or job.attempts or job.crashes)
@@ -244,7 +248,12 @@ class Engine:
             log.error("the backlog cannot be read: %s", error, extra={"event": "spool_failed"})
             self.queue.backlog.refill_failed(refill)
             return
+        if self.waiters:
+            for job in jobs:
+                job.waiter = self.waiters.pop(job.seq, None)
         self.queue.backlog.refilled(refill, jobs)
+        if not jobs:  # it is not there yet: it may be that the disk refuses to take it
+            await asyncio.sleep(EMPTY_REFILL)
         self.pool.dispatch()
         self.settled()
 

@@ -76,7 +76,10 @@ class ForkServer:
 
     def receive(self) -> Message | None:
         """The next message; None when the fork server is gone. Raises BlockingIOError when there is none yet."""
-        data = self.socket.recv(MESSAGE_LIMIT)
+        try:
+            data = self.socket.recv(MESSAGE_LIMIT)
+        except ConnectionResetError:  # it was killed with requests unread
+            return None
         return self._decode(data) if data else None
 
     def close(self) -> None:

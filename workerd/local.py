@@ -231,7 +231,7 @@ class Supervisor:
                 self._seq += 1
                 chosen = DEFAULTS if options is None else msgspec.convert(options, Options)
                 jobs.append(Job(self._seq, target, arguments, chosen, now, now))
-            self._queue.enter(jobs, now)
+            self._queue.enter(jobs)
             self._pool.dispatch()
             if not inbox:
                 return

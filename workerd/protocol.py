@@ -134,7 +134,8 @@ def parse(lines: bytes, max_line: int) -> list[Request]:
             pass
         else:
             # a value may not span lines, nor share one with another: replies are matched to lines by counting
-            if lines.startswith(b"{") and lines.endswith(b"}\n") and lines.count(b"}\n{") == len(jobs) - 1:
+            between = lines.count(b"}\n{") if lines.startswith(b"{") and lines.endswith(b"}\n") else -1
+            if between == len(jobs) - 1 and lines.count(b"\n") == len(jobs):
                 return [Single(jobs)]
     requests: list[Request] = []
     for line in lines.split(b"\n"):

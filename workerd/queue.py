@@ -69,10 +69,10 @@ class JobQueue:
         """Whether `count` more jobs may be accepted under `max_jobs`."""
         return self.total + count <= self.max_jobs
 
-    def enter(self, jobs: Sequence[Job], now: float) -> None:
+    def enter(self, jobs: Sequence[Job]) -> None:
         """Take in accepted jobs."""
         self.total += len(jobs)
-        self.backlog.enter(jobs, now)
+        self.backlog.enter(jobs)
 
     def recover(self, ready: dict[int, int], scheduled: int) -> None:
         """Start on a spool that holds so many ready jobs of each priority, and so many scheduled ones."""

@@ -146,18 +146,17 @@ class Writer:
                         await self._urgent.wait()
             self._wake.clear()
             self._urgent.clear()
-            ok = await self._commit()
             calls, self._calls = self._calls, []
+            ok = await self._commit(everything=bool(calls))
             for call in calls:
                 await self._loop.run_in_executor(self._thread, call)
             if not ok and not self._closing:
                 await asyncio.sleep(RETRY)
                 self.wake(urgent=True)
 
-    def _due(self) -> list[Entry]:
+    def _due(self, *, everything: bool) -> list[Entry]:
         """The entries that must be written now: up to the last that is out of patience."""
-        everything = self._closing or self._calls
-        patience = 0.0 if everything else self.patience()
+        patience = 0.0 if everything or self._closing else self.patience()
         before = self._loop.time() - patience
         due = max((i for i, entry in enumerate(self._entries, 1) if entry.keyed or entry.at <= before), default=0)
         taken = [self._entries.popleft() for _ in range(due)]
@@ -165,9 +164,9 @@ class Writer:
             self._wait(max(0.001, self._entries[0].at - before))
         return taken
 
-    async def _commit(self) -> bool:
+    async def _commit(self, *, everything: bool = False) -> bool:
         self.collect()
-        entries = self._due()
+        entries = self._due(everything=everything)
         changes, self.changes = self.changes, Changes()
         if self.durable:
             changes.inserts += [job for entry in entries for job in entry.jobs if job.state not in ENDED]
