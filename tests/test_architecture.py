@@ -18,7 +18,7 @@ PACKAGE = ROOT / "workerd"
 # A module imports from lower layers only ...
 LAYERS: list[set[str]] = [
     {"errors", "job", "values"},
-    {"protocol", "config", "backlog", "queue", "claims", "frames", "log", "rows", "spoolfile"},
+    {"protocol", "config", "backlog", "queue", "claims", "frames", "log", "output", "rows", "spoolfile"},
     {
         *("spool", "writer", "feeder", "metrics", "scrape", "notify"),
         *("worker", "zygote", "forkserver", "process", "generation", "settle", "dispatcher", "pool"),

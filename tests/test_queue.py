@@ -169,6 +169,23 @@ def test_an_urgent_job_enters_a_full_window() -> None:
     assert seqs(list(backlog.lines[0].jobs)) == [6]
 
 
+def test_a_job_scheduled_while_the_schedule_is_read_is_not_left_behind() -> None:
+    """It is due before the last job that was read, and came after the reading: it must be in memory, or never runs."""
+    backlog = Backlog(window=8)
+    backlog.enter([make(seq, ready_at=10.0 * seq) for seq in range(1, 18)])
+    assert (len(backlog.scheduled), backlog.scheduled_stored) == (8, 9)
+    backlog.promote(1000.0)
+    refill = backlog.wanted()
+    assert refill is not None
+    assert refill.priority is None
+    read = [make(9, ready_at=90.0), make(10, ready_at=100.0)]
+    backlog.enter([make(18, ready_at=95.0), make(19, ready_at=105.0)])
+    backlog.refilled(refill, read)
+    assert sorted(seq for _, seq, _ in backlog.scheduled) == [9, 10, 18]
+    assert backlog.scheduled_stored == 8
+    assert backlog.scheduled_cursor == (100.0, 10)
+
+
 class Walk(RuleBasedStateMachine):
     """Random histories against a spool that is a dictionary: nothing lost, nothing doubled, order kept."""
 

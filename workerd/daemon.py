@@ -197,7 +197,7 @@ class Daemon:
         self.metrics.set_targets(names)
         self.engine.defaults = {name: settings.options(name) for name in names}
         self.engine.queue.max_jobs = settings.spool.max_jobs
-        self.pool.max_jobs = settings.workers.max_jobs
+        self.pool.dispatcher.max_jobs = settings.workers.max_jobs
         self.settings = self.control.config = settings
 
     async def _reload_now(self) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Protocol
 
+from workerd.claims import STARTED
 from workerd.queue import BATCH_JOBS
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ class Dispatcher:
         self._workers = workers
         self._look: asyncio.TimerHandle | None = None
         self._due: asyncio.TimerHandle | None = None
+        self._due_at = 0.0  # uvloop's handles do not tell
 
     def stop(self) -> None:
         """Give out nothing more."""
@@ -69,7 +71,8 @@ class Dispatcher:
             share = min(BATCH_JOBS, -(-queue.backlog.in_memory // len(working)))
             given = False
             for process in working:
-                most = min(share, self.max_jobs - process.holder.position) if self.max_jobs else share
+                left = self.max_jobs - process.finished - len(process.holder)
+                most = min(share, left) if self.max_jobs else share
                 batch = queue.take(process.holder, most) if most > 0 else None
                 if batch is not None:
                     given = True
@@ -79,7 +82,7 @@ class Dispatcher:
         self._look_later(working)
 
     def _look_later(self, working: list[WorkerProcess]) -> None:
-        if self._look is None and any(len(process.holder) > 1 for process in working):
+        if self._look is None and any(process.holder.batches for process in working):
             self._look = self._loop.call_later(LOOK_AFTER, self._look_at_all)
 
     def _look_at_all(self) -> None:
@@ -88,9 +91,14 @@ class Dispatcher:
         again = False
         for process in self._workers.working():
             running = process.running()
-            if running is None or running[2] < SLOW:
+            if running is not None and running[2] < SLOW:
                 again = True
                 continue
+            if running is None:  # between two jobs; or it stands still
+                progress, process.looked_at = process.looked_at, process.slot[STARTED]
+                if progress != process.looked_at:
+                    again = True
+                    continue
             self._workers.catch_up(process)
             if process.unstarted() and not self._queue.has_ready() and any(w.idle for w in self._workers.working()):
                 self._workers.take_back(process)
@@ -107,9 +115,10 @@ class Dispatcher:
             return
         at = self._loop.time() + min(due - now, CLOCK_CHECK) + 0.001
         if self._due is not None:
-            if self._due.when() <= at:
+            if self._due_at <= at:
                 return
             self._due.cancel()
+        self._due_at = at
         self._due = self._loop.call_at(at, self._wake)
 
     def _wake(self) -> None:

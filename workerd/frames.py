@@ -6,10 +6,6 @@ One end of each pipe is a `Connection`, which blocks; the other belongs to an ev
 from __future__ import annotations
 
 import struct
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 _HEADER = struct.Struct("!i")
 
@@ -23,17 +19,23 @@ class FrameReader:
     """Cuts a stream of bytes into messages."""
 
     def __init__(self) -> None:
-        self._rest = b""
+        self._rest = bytearray()  # grows in place: a large message comes in many pieces
 
-    def feed(self, data: bytes) -> Iterator[memoryview]:
+    def feed(self, data: bytes) -> list[bytes]:
         """The messages that these bytes complete."""
-        data = self._rest + data if self._rest else data
-        view = memoryview(data)
+        if self._rest:
+            self._rest += data
+            if len(self._rest) < 4 or len(self._rest) < 4 + _HEADER.unpack_from(self._rest)[0]:
+                return []
+            data = bytes(self._rest)
+            self._rest.clear()
+        messages = []
         at = 0
         while len(data) - at >= 4:
             end = at + 4 + _HEADER.unpack_from(data, at)[0]
             if end > len(data):
                 break
-            yield view[at + 4 : end]
+            messages.append(data[at + 4 : end])
             at = end
-        self._rest = data[at:]
+        self._rest += data[at:]
+        return messages

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
+import logging
 import os
 from typing import TYPE_CHECKING
 
@@ -15,7 +15,9 @@ if TYPE_CHECKING:
 
     from workerd.process import WorkerProcess
 
-GIVE_UP_AFTER = 5  # workers that fail to start, one after another, while none of the generation is ready
+logger = logging.getLogger("workerd")
+
+GIVE_UP_AFTER = 5  # rounds of workers that fail to start, while none of the generation was ever ready
 LONGEST_BACKOFF = 30.0  # seconds between attempts to start a worker that keeps failing
 SERVER_BACKOFF = 1.0  # seconds between attempts to start a fork server that was killed and now fails to start
 
@@ -38,12 +40,13 @@ class Generation:
         self.wanted = wanted
         self.targets: list[zygote.Target] = []
         self.workers: dict[int, WorkerProcess] = {}
-        self.up = False  # the fork server runs
+        self.up = False  # the fork server has the class, and forks
         self.failures = 0  # workers that died before they were ready, since the last one that was
         self.not_before = 0.0  # loop time before which no worker is started
         self.last_error = ""
         self.loop = asyncio.get_running_loop()
         self.complete: asyncio.Future[None] = self.loop.create_future()  # all workers were ready once
+        self._open = False
         self._start = start
         self._on_exit = on_exit
         self._on_restart = on_restart
@@ -53,25 +56,36 @@ class Generation:
         self._loaded: asyncio.Future[None] = self.loop.create_future()
         self._server = self._start()
         self.loop.add_reader(self._server.socket, self._read)
-        self.up = True
+        self._open = True
         try:
             await self._loaded
         except BaseException:
-            self.close()
+            self._close_server()
             raise
+        self.up = True
 
     def close(self) -> None:
-        """End the fork server, and with it any worker that is left."""
-        if self.up:
-            self.up = False
+        """End the fork server for good, and with it any worker that is left."""
+        self.wanted = 0
+        self._close_server()
+
+    def _close_server(self) -> None:
+        self.up = False
+        if self._open:
+            self._open = False
             self.loop.remove_reader(self._server.socket)
             self._server.close()
 
-    def spawn(self, process: WorkerProcess) -> None:
-        """Have a worker forked; its exit will be told."""
-        self.workers[process.number] = process
-        with contextlib.suppress(OSError):  # the fork server is gone: `_restart` settles this one too
+    def spawn(self, process: WorkerProcess) -> bool:
+        """Have a worker forked; its exit will be told. False: not now, the fork server does not keep up."""
+        try:
             self._server.spawn(process.number, process.child_socket, process.child_output)
+        except (BrokenPipeError, ConnectionResetError):
+            pass  # it is gone: `_restart` settles this one too
+        except OSError:
+            return False
+        self.workers[process.number] = process
+        return True
 
     def start_succeeded(self) -> None:
         """A worker is ready."""
@@ -79,6 +93,8 @@ class Generation:
 
     def start_failed(self) -> None:
         """A worker has ended before it was ready: wait a while, and in the end give up."""
+        if self.loop.time() < self.not_before:
+            return  # it was started together with one that has failed already
         self.failures += 1
         backoff = min(LONGEST_BACKOFF, 0.1 * 2 ** min(self.failures, 10))
         self.not_before = self.loop.time() + backoff
@@ -106,7 +122,7 @@ class Generation:
         elif not self._loaded.done():
             self._loaded.set_exception(ConfigError(forkserver.IMPORT_ENDED))
         else:
-            self.close()
+            self._close_server()
             self._restarting = self.loop.create_task(self._restart())
 
     async def _restart(self) -> None:
@@ -120,6 +136,7 @@ class Generation:
                 await self.load()
             except ConfigError as error:
                 self.last_error = str(error)
+                logger.error("the workers cannot be started again: %s", error, extra={"event": "worker_exited"})
                 await asyncio.sleep(SERVER_BACKOFF)
             else:
                 self.not_before = 0.0

@@ -19,7 +19,7 @@ import sys
 import threading
 import time
 from collections import deque
-from multiprocessing import get_context, util
+from multiprocessing import Pipe, util
 from typing import TYPE_CHECKING, Any, Self
 
 import msgspec
@@ -59,21 +59,19 @@ class JobQueue:
     """What `StartWorkers` returns. May be used from several threads of the program that made it."""
 
     def __init__(self, number: int, attributes: object, targets: list[str]) -> None:
-        context = get_context("fork")
         self._targets = frozenset(targets)
         self._lock = threading.Lock()
-        self._connection, theirs = context.Pipe()
-        for stream in (sys.stdout, sys.stderr):
+        self._connection, theirs = Pipe()
+        for stream in filter(None, (sys.stdout, sys.stderr)):
             stream.flush()  # or the children would print what waits in our buffers once more
-        self._process = context.Process(
-            target=_supervise, args=(theirs, self._connection, number, attributes), name="workerd"
-        )
-        self._process.start()
+        program = os.getpid()
+        supervisor = os.fork()
+        if supervisor == 0:
+            self._connection.close()
+            _supervise(theirs, program, number, attributes)
         theirs.close()
         # Runs when the program ends, before multiprocessing waits for its children.
-        self._finish = util.Finalize(
-            self, _finish, args=(self._connection, self._process, os.getpid()), exitpriority=100
-        )
+        self._finish = util.Finalize(self, _finish, args=(self._connection, supervisor, program), exitpriority=100)
 
     def put(self, job: Mapping[str, Any] | bool) -> None:
         """Queue `{"target": name, "arguments": anything that pickles}`; or retire one worker with `False`.
@@ -126,17 +124,17 @@ class JobQueue:
                 raise WorkerdError("the workers are gone: their queue is closed, or its process was killed") from None
 
 
-def _finish(connection: Connection, process: Any, owner: int) -> None:
+def _finish(connection: Connection, supervisor: int, owner: int) -> None:
     if os.getpid() != owner:  # a forked child of the program ends: the queue is not its own
         return
-    interrupted = getattr(sys, "last_type", None) is KeyboardInterrupt
-    if interrupted:
-        process.kill()
-    else:
-        with contextlib.suppress(OSError):  # it is gone already
+    with contextlib.suppress(ProcessLookupError, ChildProcessError, OSError):
+        if getattr(sys, "last_type", None) is KeyboardInterrupt:
+            os.kill(supervisor, signal.SIGKILL)
+        else:
             connection.send_bytes(msgspec.msgpack.encode((FINISH,)))
     try:
-        process.join()
+        with contextlib.suppress(ChildProcessError):  # the program has collected it already
+            os.waitpid(supervisor, 0)
     finally:
         connection.close()
 
@@ -144,12 +142,17 @@ def _finish(connection: Connection, process: Any, owner: int) -> None:
 # --- the supervisor's process -----------------------------------------------------------------------------
 
 
-def _supervise(connection: Connection, other_end: Connection, number: int, attributes: object) -> None:
-    other_end.close()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the program; we end with it
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    zygote.name_process("workerd-super")
-    asyncio.run(Supervisor(connection, os.getppid(), attributes).main(number))
+def _supervise(connection: Connection, program: int, number: int, attributes: object) -> None:
+    """Be the supervisor, in the forked child; never returns."""
+    try:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the program; we end with it
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        zygote.name_process("workerd-super")
+        asyncio.run(Supervisor(connection, program, attributes).main(number))
+    except BaseException as error:
+        _say(f"defect in the supervisor of the workers: {type(error).__name__}: {error}")
+        os._exit(1)
+    os._exit(0)
 
 
 class Supervisor:
@@ -165,6 +168,7 @@ class Supervisor:
         self._inbox: deque[Any] = deque()  # messages of the program that were not acted on yet
         self._joins = 0
         self._finishing = False
+        self._trouble = ""  # why there are no workers
         self._done = asyncio.Event()
 
     async def main(self, number: int) -> None:
@@ -176,9 +180,15 @@ class Supervisor:
         generation = await self._pool.load(lambda: self._fork_server(claims), number)
         loop.add_reader(self._connection.fileno(), self._read)
         adopting = loop.create_task(self._pool.adopt(generation))
+        adopting.add_done_callback(self._adopted)
         await self._done.wait()
         adopting.cancel()
         await self._pool.close()
+
+    def _adopted(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._trouble = str(error)
+            self.settled()
 
     def _fork_server(self, claims: Claims) -> forkserver.ForkServer:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -217,7 +227,8 @@ class Supervisor:
         left = self._queue.total + sum(message[0] == PUT for message in self._inbox)
         if (self._finishing or (stuck and [FINISH] in self._inbox)) and not self._done.is_set():
             if left:
-                _say(f"{left} jobs were left, because every worker was retired")
+                why = self._trouble or "every worker was retired"
+                _say(f"{left} jobs were left, because {why}")
             self._done.set()
 
     def _work_inbox(self) -> None:
@@ -255,8 +266,9 @@ class Supervisor:
         details = msgspec.json.decode(error)
         fate = "is tried again" if job.state is State.SCHEDULED else "is given up"
         _say(f"job {job.target!r} {reason.replace('_', ' ')} and {fate}: {details['type']}: {details['message']}")
-        sys.stderr.write(details["traceback"])
-        sys.stderr.flush()
+        if sys.stderr is not None:
+            sys.stderr.write(details["traceback"])
+            sys.stderr.flush()
 
     def output(self, worker: int, level: int, text: str, job: tuple[int, str | None, str] | None) -> None:
         sys.stderr.write(f"{text}\n")
@@ -275,4 +287,6 @@ DEFAULTS = Options()
 
 
 def _say(text: str) -> None:
-    sys.stderr.write(f"workerd: {text}\n")
+    if sys.stderr is not None:
+        sys.stderr.write(f"workerd: {text}\n")
+        sys.stderr.flush()

@@ -31,9 +31,13 @@ if TYPE_CHECKING:
     from workerd.queue import JobQueue
     from workerd.settle import Observer
 
+logger = logging.getLogger("workerd")
+
 OVERHEAD = 4e-6  # seconds that the daemon itself spends on a job
 LEEWAY = 0.001  # seconds that a quick job may take longer than expected
 LONGEST_PATIENCE = 0.1  # seconds; what is not expected to end within that is written at once
+STARTING_AT_ONCE = 32  # workers; the fork server forks one after the other anyhow
+SPAWN_RETRY = 0.1  # seconds after which to ask a fork server again that does not keep up
 CLOSE_TIMEOUT = 5.0  # seconds within which killed workers are surely gone
 
 
@@ -49,18 +53,10 @@ class Pool:
         self.paused = False  # draining: nothing new is started
         self._settler = Settler(queue, observer)
         self._free_slots = list(range(SLOTS))
-        self._dispatcher = Dispatcher(queue, self.loop, self)
+        self.dispatcher = Dispatcher(queue, self.loop, self)
         self._generation_number = 0
-        self._quiet = asyncio.Event()
-
-    @property
-    def max_jobs(self) -> int:
-        """Jobs after which a worker is replaced, 0 for never."""
-        return self._dispatcher.max_jobs
-
-    @max_jobs.setter
-    def max_jobs(self, count: int) -> None:
-        self._dispatcher.max_jobs = count
+        self._drained = asyncio.Event()  # no worker holds a job any more
+        self._gone = asyncio.Event()  # ... nor is there one
 
     # --- generations --------------------------------------------------------------------------------------
 
@@ -110,7 +106,8 @@ class Pool:
                 if (wait := generation.not_before - self.loop.time()) > 0:
                     self.loop.call_later(wait, self.converge)
                 else:
-                    for _ in range(wanted - len(alive)):
+                    starting = sum(process.phase is Phase.STARTING for process in alive)
+                    for _ in range(min(wanted - len(alive), STARTING_AT_ONCE - starting)):
                         self._spawn(generation)
             if not (generation.workers or wanted or current):
                 generation.close()
@@ -129,10 +126,17 @@ class Pool:
     # --- workers come and go ------------------------------------------------------------------------------
 
     def _spawn(self, generation: Generation) -> None:
+        if not self._free_slots:
+            return  # the next worker that goes lets us try again
         number = heapq.heappop(self._free_slots)
         process = WorkerProcess(number, generation.number, self.claims.slot(number), self.loop)
-        generation.spawn(process)
+        started = generation.spawn(process)
         process.watch_pipe(self._on_message, self._on_output)
+        if not started:
+            process.close()
+            heapq.heappush(self._free_slots, number)
+            generation.not_before = self.loop.time() + SPAWN_RETRY
+            self.loop.call_later(SPAWN_RETRY, self.converge)
 
     def _retire(self, process: WorkerProcess) -> None:
         process.phase = Phase.RETIRING
@@ -150,8 +154,7 @@ class Pool:
         self.observer.worker_exited(process.number, process.exit_reason(status), status, victim)
         if process.phase is Phase.STARTING:
             generation.start_failed()
-        if not self.workers():
-            self._quiet.set()
+        self._note_quiet()
         self.converge()
         self.dispatch()
         self.observer.settled()
@@ -159,6 +162,14 @@ class Pool:
     # --- messages -----------------------------------------------------------------------------------------
 
     def _on_message(self, process: WorkerProcess, message: list[Any]) -> None:
+        try:
+            self._act_on(process, message)
+        except Exception:
+            # whatever it was that it sent, nothing more that it sends can be trusted
+            logger.exception("worker %d sent what makes no sense, and is replaced", process.number)
+            process.kill()
+
+    def _act_on(self, process: WorkerProcess, message: list[Any]) -> None:
         kind = message[0]
         if kind == worker.OUTCOMES:
             self._settler.outcomes(process, *message[1:])
@@ -190,14 +201,19 @@ class Pool:
             self.converge()
 
     def _after(self, process: WorkerProcess) -> None:
-        if self.max_jobs and process.holder.position >= self.max_jobs and not process.holder.batches:
+        if 0 < self.dispatcher.max_jobs <= process.finished and not process.holder.batches:
             self._recycle(process)
         if process.phase is Phase.RETIRING and not process.holder.batches:
             process.dismiss()
-        if self.paused and not any(process.holder.batches for process in self.workers()):
-            self._quiet.set()
+        self._note_quiet()
         self.dispatch()
         self.observer.settled()
+
+    def _note_quiet(self) -> None:
+        if self.paused and not any(process.holder.batches for process in self.workers()):
+            self._drained.set()
+        if not self.workers():
+            self._gone.set()
 
     def _on_output(self, process: WorkerProcess, text: str) -> None:
         running = process.running()
@@ -209,7 +225,7 @@ class Pool:
 
     def dispatch(self) -> None:
         """Give ready jobs to workers that can take them."""
-        self._dispatcher.dispatch()
+        self.dispatcher.dispatch()
 
     def patience(self) -> float:
         """Seconds in which the jobs that are waiting should all have ended; 0 when that is not soon."""
@@ -249,21 +265,21 @@ class Pool:
     async def drain(self, timeout: float) -> bool:
         """Start nothing new, and wait for the running jobs; False when some were left at the end of `timeout`."""
         self.paused = True
-        self._dispatcher.stop()
+        self.dispatcher.stop()
         for process in self.workers():
             self.take_back(process)
-        self._quiet.clear()
+        self._drained.clear()
         if any(process.holder.batches for process in self.workers()):
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(timeout):
-                    await self._quiet.wait()
+                    await self._drained.wait()
         return not any(process.holder.batches for process in self.workers())
 
     async def close(self) -> None:
         """End all workers; a job that still runs is charged to nobody. Returns when every process is gone."""
         self.paused = True
-        self._dispatcher.stop()
-        self._quiet.clear()
+        self.dispatcher.stop()
+        self._gone.clear()
         for generation in self.generations:
             generation.wanted = 0
         for process in self.workers():
@@ -275,7 +291,7 @@ class Pool:
         if self.workers():
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(CLOSE_TIMEOUT):
-                    await self._quiet.wait()
+                    await self._gone.wait()
         for generation in self.generations:
             generation.close()
         self.claims.clear()

@@ -18,6 +18,7 @@ import msgspec
 
 from workerd import claims, worker
 from workerd.frames import FrameReader, frame
+from workerd.output import TEXT_LIMIT
 from workerd.queue import Batch, Holder
 
 if TYPE_CHECKING:
@@ -57,7 +58,10 @@ class WorkerProcess:
         self.latest: Job | None = None  # the last of them, to which late output belongs
         self.revoked_to = 0  # positions before this are being taken back; 0: none are
         self.expired = 0  # position of the job that was killed for its timeout
+        self.looked_at = -1  # position of the latest job begun when the dispatcher last looked
         self.watch: asyncio.TimerHandle | None = None
+        self._watch_at = 0.0  # uvloop's handles do not tell
+        self._dismissed = False
         for word in range(claims.WORDS):
             slot[word] = 0
         slot[claims.REVOKED_FROM] = claims.NEVER
@@ -141,7 +145,7 @@ class WorkerProcess:
         if not data:
             self.loop.remove_reader(self.output)
         *lines, self._line = (self._line + data).split(b"\n")
-        if self._line and (not data or len(self._line) > worker.TEXT_LIMIT):
+        if self._line and (not data or len(self._line) > TEXT_LIMIT):
             lines.append(self._line)
             self._line = b""
         for line in lines:
@@ -167,6 +171,11 @@ class WorkerProcess:
 
     def dismiss(self) -> None:
         """Ask a worker that holds nothing to exit; one that does not obey within the grace time is killed."""
+        if self._dismissed:
+            return
+        self._dismissed = True
+        if self.watch is not None:
+            self.watch.cancel()
         with contextlib.suppress(OSError):
             self.socket.shutdown(socket.SHUT_WR)
         self.watch = self.loop.call_later(GRACE, self.kill)
@@ -234,9 +243,10 @@ class WorkerProcess:
         """A job with this timeout may begin now or later: look at the clock no later than that."""
         at = self.loop.time() + timeout + 0.001
         if self.watch is not None:
-            if self.watch.when() <= at:
+            if self._watch_at <= at:
                 return
             self.watch.cancel()
+        self._watch_at = at
         self.watch = self.loop.call_at(at, self._check_timeouts)
 
     def _check_timeouts(self) -> None:
@@ -249,7 +259,8 @@ class WorkerProcess:
                 self.slot[claims.EXPIRED] = position
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(self.pid, worker.TIMEOUT_SIGNAL)
-                self.watch = self.loop.call_later(GRACE, self._kill_expired, position)
+                self._watch_at = self.loop.time() + GRACE
+                self.watch = self.loop.call_at(self._watch_at, self._kill_expired, position)
                 return
             if job.options.timeout:
                 self.expect(left)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import inspect
-import io
 import logging
 import os
 import pickle
@@ -26,6 +25,7 @@ import msgspec
 
 from workerd import claims
 from workerd.errors import JobTimeout
+from workerd.output import TEXT_LIMIT, JobLogHandler, JobStream
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -39,7 +39,6 @@ RESULT, ERROR, TIMEOUT, UNUSABLE = range(4)
 
 TIMEOUT_SIGNAL = signal.SIGXCPU  # "time is up", and nothing that jobs use for themselves
 REPORT_AFTER = 5_000_000  # nanoseconds after which finished jobs are reported in the middle of a batch
-TEXT_LIMIT = 16 * 1024  # characters of a traceback, a message or a line of output that are kept
 RESULT_LIMIT = 16 * 2**20
 
 Job = tuple[int, str | None, str, bytes, bool]  # seq, client's id, target, arguments, whether the result is wanted
@@ -122,6 +121,8 @@ class Worker:
         self.current: Job | None = None
         self.running = 0  # position of the job whose method is being called
         self.skip_to = 0
+        self.forked = False
+        os.register_at_fork(after_in_child=self._forked)
         self._lock = threading.Lock()
         self._decode = msgspec.msgpack.Decoder(tuple[int, list[Job]]).decode
         self._encode = msgspec.msgpack.Encoder().encode
@@ -173,6 +174,8 @@ class Worker:
                     special = (kind_of(error), describe(error))
             except JobTimeout as error:  # it came in the very moment in which the method raised
                 special = (TIMEOUT, describe(error))
+            if self.forked:
+                os._exit(0)  # a child of the job's own, which came back from the method: we are the other one
             end = clock()
             for stream in self.streams:
                 if stream.pending:
@@ -215,12 +218,15 @@ class Worker:
             self.running = 0
             raise JobTimeout("the job has run for longer than its timeout")
 
+    def _forked(self) -> None:
+        self.forked = True
+
     def _capture_output(self) -> None:
-        self.streams = [JobStream(self, logging.INFO), JobStream(self, logging.WARNING)]
+        self.streams = [JobStream(self.log, logging.INFO), JobStream(self.log, logging.WARNING)]
         sys.stdout, sys.stderr = self.streams
         faulthandler.enable(2)
         root = logging.getLogger()
-        root.handlers[:] = [JobLogHandler(self)]
+        root.handlers[:] = [JobLogHandler(self.log)]
         root.setLevel(self.settings.log_level)
 
     def log(self, level: int, text: str) -> None:
@@ -253,44 +259,3 @@ def resident_memory() -> int:
     """The resident memory of this process in bytes, from /proc (proc_pid_statm(5))."""
     with open("/proc/self/statm", "rb") as file:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGESIZE")
-
-
-class JobStream(io.TextIOBase):
-    """Standard output or error of jobs: whole lines go to the log, with the job that printed them."""
-
-    def __init__(self, worker: Worker, level: int) -> None:
-        self._worker = worker
-        self._level = level
-        self.pending = ""
-
-    encoding = "utf-8"
-
-    def writable(self) -> bool:
-        return True
-
-    def write(self, text: str) -> int:
-        *lines, self.pending = (self.pending + text).split("\n")
-        for line in lines:
-            self._worker.log(self._level, line)
-        if len(self.pending) > TEXT_LIMIT:
-            self.end_line()
-        return len(text)
-
-    def end_line(self) -> None:
-        """Send what has no newline yet."""
-        line, self.pending = self.pending, ""
-        self._worker.log(self._level, line)
-
-
-class JobLogHandler(logging.Handler):
-    """Records of the logging module, sent as they are: level and text."""
-
-    def __init__(self, worker: Worker) -> None:
-        super().__init__()
-        self._worker = worker
-
-    def emit(self, record: logging.LogRecord) -> None:
-        try:
-            self._worker.log(record.levelno, self.format(record))
-        except Exception:
-            self.handleError(record)

@@ -155,11 +155,17 @@ def serve(sock: socket.socket, claims: Claims, attributes: object, settings: wor
             data, fds, _, _ = socket.recv_fds(sock, 64, 2)
             if not data:
                 os._exit(0)
-            pid = os.fork()
+            try:
+                pid = os.fork()
+            except OSError:  # too many processes: the pool tries again later
+                pid = -1
             if pid == 0:
                 run_worker(int(data), fds, sock, children, claims, attributes, settings)
             for descriptor in fds:
                 os.close(descriptor)
+            if pid < 0:
+                _send(sock, Exited(int(data), 1))
+                continue
             pidfd = os.pidfd_open(pid)
             children[pidfd] = (int(data), pid)
             poll.register(pidfd, select.POLLIN)
