@@ -195,6 +195,40 @@ def test_a_backlog_beyond_the_window_costs_disk_and_keeps_its_order(tmp_path: Pa
         assert numbers(ledger) == list(range(count))
 
 
+@pytest.mark.parametrize("path", ["spool.db", ""], ids=["durable", "in memory"])
+def test_results_of_jobs_beyond_the_window_reach_their_clients(tmp_path: Path, path: str) -> None:
+    """Jobs that were in the spool only, behind 60,000 others, still get their second line; so does one whose id
+    and tiny delay make it enter late, while the window is full.
+    """
+    gate = tmp_path / "gate"
+    where = {"path": path and str(tmp_path / path)}
+    with Daemon(tmp_path, SOURCE, workers={"count": 1}, spool=where) as daemon, daemon.connect() as client:
+        client.request(job("wait_for", str(gate), priority=0))
+        daemon.wait_until(lambda status: status["jobs"]["running"] == 1)
+        client.pipeline([job("noop")] * 60_000)
+        late = [job("noop", reply="result") for _ in range(100)]
+        late += [job("noop", reply="result", id=f"late-{n}", delay=0.00001) for n in range(20)]
+        for request in late:
+            client.send(request)
+        accepted = [client.recv()["status"] for _ in late]
+        assert accepted == ["accepted"] * 120
+        gate.touch()
+        assert [client.recv()["status"] for _ in late] == ["succeeded"] * 120
+        daemon.wait_until_done()
+
+
+def test_a_worker_that_dies_while_the_daemon_drains_does_not_hold_it_up(tmp_path: Path) -> None:
+    """The last running job takes its worker with it: the drain is over then, not at the end of drain_timeout."""
+    source = "import os, time\nclass T:\n    def die(self, a):\n        while not os.path.exists(a): time.sleep(0.01)\n        os._exit(1)\n"
+    with Daemon(tmp_path, source, workers={"drain_timeout": 3600.0}) as daemon:
+        daemon.request(job("die", str(tmp_path / "gate")))
+        daemon.wait_until(lambda status: status["jobs"]["running"] == 1)
+        daemon.kill(signal.SIGTERM)
+        daemon.notifications.wait_for(lambda message: "STOPPING" in message)
+        (tmp_path / "gate").touch()
+        assert daemon.wait() == 0
+
+
 def test_no_process_outlives_the_daemon(tmp_path: Path) -> None:
     """SIGKILL while idle: fork server and workers are gone within a moment, also when they are stopped."""
     with Daemon(tmp_path, SOURCE) as daemon:

@@ -163,6 +163,37 @@ with StartWorkers(1, A()) as queue:
     assert "program.py" in err
 
 
+def test_a_program_may_fork_and_may_have_no_output(tmp_path: Path) -> None:
+    """A forked child of the program ends quietly and leaves the queue to its parent; closed stdout and stderr are borne."""
+    source = """
+import os, sys
+from workerd import StartWorkers
+class A:
+    def write(self, arguments): open(arguments, "w").write("ran")
+os.close(1); os.close(2)
+sys.stdout = sys.stderr = None
+queue = StartWorkers(1, A())
+if os.fork() == 0:
+    sys.exit(0)
+os.wait()
+queue.put({"target": "write", "arguments": "file"})
+"""
+    assert run(tmp_path, source) == ("", "")
+    assert (tmp_path / "file").read_text() == "ran"
+
+
+def test_a_class_that_cannot_be_made_ends_the_wait(tmp_path: Path) -> None:
+    """The program ends and says why nothing was run."""
+    source = """
+from workerd import StartWorkers
+class A:
+    def __init__(self): raise RuntimeError("no database")
+    def x(self, arguments): pass
+StartWorkers(1, A).put({"target": "x"})
+"""
+    assert "RuntimeError: no database" in run(tmp_path, source)[1]
+
+
 def test_what_is_no_job_is_refused_at_once() -> None:
     """A wrong type, target, option or number of workers raises where it is made, naming what was received."""
 

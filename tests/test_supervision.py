@@ -55,6 +55,11 @@ class Targets:
         os.write(1, b"written by a job\\n")
         subprocess.run(["echo", "echoed by its child"])
         time.sleep(0.2)
+    def fork(self, arguments):
+        if os.fork() == 0:
+            if arguments == "exit": sys.exit(0)
+            return "child"
+        return "parent"
     def grow(self, arguments): self.ballast = bytearray(arguments)
 """
 
@@ -206,6 +211,54 @@ def test_a_killed_fork_server_is_replaced_with_its_workers(daemon: Daemon) -> No
     wait_until(lambda: not any(process.alive for process in workers), "the old workers are gone")
     daemon.wait_until(lambda status: status["workers"]["idle"] == 2, "two workers again")
     assert daemon.run("pid")["status"] == "succeeded"
+
+
+@pytest.mark.parametrize("how", ["return", "exit"])
+def test_a_job_may_fork(daemon: Daemon, how: str) -> None:
+    """A child of the job's own that comes back from the method ends there: it is no second worker on the pipe."""
+    lines = [daemon.run("fork", how) for _ in range(20)]
+    assert [(line["status"], line.get("result")) for line in lines] == [("succeeded", "parent")] * 20
+    assert daemon.run("pid")["status"] == "succeeded"
+    assert "defect" not in daemon.log
+
+
+def test_a_stopped_worker_does_not_keep_what_it_has_not_begun(daemon: Daemon) -> None:
+    """SIGSTOP of a worker: jobs go to the other one, also those that the stopped one had been given."""
+    daemon.wait_until(lambda status: status["workers"]["idle"] == 2)
+    stopped = daemon.workers()[0]
+    stopped.kill(signal.SIGSTOP)
+    try:
+        with daemon.connect() as client:
+            for _ in range(40):
+                client.send(job("pid", reply="result"))
+            ended = [line for _ in range(80) if (line := client.recv())["status"] != "accepted"]
+        assert len(ended) == 40
+        assert stopped.pid not in {line["result"] for line in ended}
+    finally:
+        stopped.kill(signal.SIGCONT)
+    daemon.wait_until(lambda status: status["workers"]["idle"] == 2)
+
+
+def test_a_fork_server_that_dies_while_it_imports_is_tried_again(tmp_path: Path) -> None:
+    """The class's module is broken when the fork server has to be started anew: the daemon says so, goes on trying,
+    and works again once the module is mended.
+    """
+    source = "import os\nclass T:\n    def pid(self, a): return os.getpid()\n"
+    with Daemon(tmp_path, source) as daemon:
+        parent = Path(f"/proc/{daemon.workers()[0].pid}/stat").read_text().rpartition(")")[2].split()[1]
+        daemon.write_attributes("import os\nos.kill(os.getpid(), 9)\nclass T:\n    def pid(self, a): pass\n")
+        os.kill(int(parent), signal.SIGKILL)
+        daemon.wait_for_log("the workers cannot be started again")
+        assert daemon.request(job("pid"))["status"] == "accepted"
+        daemon.write_attributes(source)
+        daemon.wait_until(lambda status: status["workers"]["idle"] == 2 and status["jobs"]["ready"] == 0)
+
+
+def test_more_workers_than_a_fork_server_can_be_asked_for_at_once(tmp_path: Path) -> None:
+    """400 workers: they are started some at a time, READY comes when all are there, and each runs jobs."""
+    with Daemon(tmp_path, "class T:\n    def x(self, a): return a\n", workers={"count": 400}) as daemon:
+        assert daemon.status()["workers"]["idle"] == 400
+        assert daemon.run("x", 1)["result"] == 1
 
 
 def test_recycling_by_jobs_and_by_memory(tmp_path: Path) -> None:
