@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import TYPE_CHECKING, Protocol
 
 from msgspec import UNSET
@@ -61,27 +60,31 @@ class Answer:
 
     def accept(self, new: frozenset[int] | set[int]) -> None:
         """Send the acknowledgements; a job with a client's id that is not in `new` is a duplicate."""
-        prefix = self.engine.prefix
-        lines = [
-            entry.decode().rstrip()
-            if isinstance(entry, bytes)
-            else f'{{"id":"{prefix}{entry.seq:x}","status":"accepted"}}'
-            if entry.key is None
-            else f'{{"id":{protocol.quoted(entry.key)},"status":"{"accepted" if entry.seq in new else "duplicate"}"}}'
-            for entry in self.entries
-        ]
-        self._count(
-            [
-                entry.target
-                for entry in self.entries
-                if not isinstance(entry, bytes) and (entry.key is None or entry.seq in new)
-            ]
-        )
-        text = f"[{','.join(lines)}]\n" if self.batch else "\n".join(lines) + "\n"
-        self.reply.complete(text.encode())
+        between = "," if self.batch else "\n"
+        jobs = [entry for entry in self.entries if not isinstance(entry, bytes)]
+        if self.keyed or len(jobs) < len(self.entries):
+            text = between.join([self._line(entry, new) for entry in self.entries])
+            jobs = [job for job in jobs if job.key is None or job.seq in new]
+        else:  # the common case: one piece of text between any two numbers
+            prefix = self.engine.prefix
+            numbers = [f"{job.seq:x}" for job in jobs]
+            text = f'","status":"accepted"}}{between}{{"id":"{prefix}'.join(numbers)
+            text = f'{{"id":"{prefix}{text}","status":"accepted"}}'
+        self._count(jobs)
+        self.reply.complete((f"[{text}]\n" if self.batch else f"{text}\n").encode())
 
-    def _count(self, targets: list[str]) -> None:
-        for target, count in Counter(targets).items():
+    def _line(self, entry: Job | bytes, new: frozenset[int] | set[int]) -> str:
+        if isinstance(entry, bytes):
+            return entry.decode().rstrip()
+        if entry.key is None:
+            return f'{{"id":"{self.engine.prefix}{entry.seq:x}","status":"accepted"}}'
+        status = "accepted" if entry.seq in new else "duplicate"
+        return f'{{"id":{protocol.quoted(entry.key)},"status":"{status}"}}'
+
+    def _count(self, jobs: list[Job]) -> None:
+        targets = {job.target for job in jobs}
+        for target in targets:
+            count = len(jobs) if len(targets) == 1 else sum([job.target == target for job in jobs])
             self.engine.metrics.submitted(target, count)
 
     def refused(self, error: SpoolError) -> None:
@@ -104,7 +107,7 @@ class Answer:
             return
         prefix = self.engine.prefix
         gone = {job.seq for job in lost}
-        self._count([job.target for job in jobs if job.seq not in gone])
+        self._count([job for job in jobs if job.seq not in gone])
         lines = [
             entry
             if isinstance(entry, bytes)

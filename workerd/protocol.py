@@ -18,7 +18,7 @@ Id = Annotated[str, Meta(min_length=1, max_length=128)]
 NULL = Raw(b"null")
 
 
-class JobRequest(OptionFields, frozen=True, kw_only=True):
+class JobRequest(OptionFields, frozen=True, kw_only=True, gc=False):
     """A job as a client writes it."""
 
     target: str

@@ -133,6 +133,8 @@ def describe_targets(attributes: type) -> list[Target]:
             signature = str(inspect.signature(method))
         except (TypeError, ValueError):
             signature = "(...)"
+        with contextlib.suppress(Exception):  # annotations that are text, as objects where their names can be found
+            signature = str(inspect.signature(method, eval_str=True))
         targets.append(Target(name, signature, inspect.getdoc(method) or ""))
     return targets
 
