@@ -20,7 +20,7 @@ from workerd import __version__, config, forkserver, log, metrics, notify, scrap
 from workerd.claims import Claims
 from workerd.control import Control
 from workerd.engine import Engine
-from workerd.errors import ConfigError, Exit, SpoolError, StartError, WorkerdError
+from workerd.errors import ConfigError, Exit, SpoolError, WorkerdError
 from workerd.feeder import Feeder, SocketFile
 from workerd.pool import Pool
 from workerd.queue import JobQueue
@@ -104,6 +104,7 @@ class Daemon:
         path = settings.spool.path
         spool = await asyncio.to_thread(Spool.open, path)
         self.writer = Writer(spool, self.reporter.committed, durable=path is not None)
+        self.writer.on_defect = self._stop.set  # without it no job could be acknowledged any more
         self._exits.push_async_callback(self.writer.close)
         claims = Claims.open(path.with_name(f"{path.name}.claims") if path else None)
         queue = JobQueue(max_jobs=settings.spool.max_jobs)
@@ -206,7 +207,9 @@ class Daemon:
             settings = config.load(self.settings.file)
             generation = await self._load(settings)
             await self.pool.adopt(generation)
-        except (ConfigError, StartError) as error:
+        except Exception as error:
+            if not isinstance(error, WorkerdError):
+                logger.exception("defect in workerd, while reloading")
             self.metrics.config_reloaded(ok=False)
             for problem in str(error).splitlines():
                 text = "reload failed, all stays as it was: %s"

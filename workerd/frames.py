@@ -8,6 +8,7 @@ from __future__ import annotations
 import struct
 
 _HEADER = struct.Struct("!i")
+LIMIT = 64 * 2**20  # bytes; nothing that makes sense is longer
 
 
 def frame(payload: bytes) -> bytes:
@@ -16,13 +17,14 @@ def frame(payload: bytes) -> bytes:
 
 
 class FrameReader:
-    """Cuts a stream of bytes into messages."""
+    """Cuts a stream of bytes into messages, of at most `limit` bytes each."""
 
-    def __init__(self) -> None:
+    def __init__(self, limit: int = LIMIT) -> None:
+        self._limit = limit
         self._rest = bytearray()  # grows in place: a large message comes in many pieces
 
     def feed(self, data: bytes) -> list[bytes]:
-        """The messages that these bytes complete."""
+        """The messages that these bytes complete. Raises ValueError where a length makes no sense."""
         if self._rest:
             self._rest += data
             if len(self._rest) < 4 or len(self._rest) < 4 + _HEADER.unpack_from(self._rest)[0]:
@@ -32,7 +34,10 @@ class FrameReader:
         messages = []
         at = 0
         while len(data) - at >= 4:
-            end = at + 4 + _HEADER.unpack_from(data, at)[0]
+            length = _HEADER.unpack_from(data, at)[0]
+            if not 0 <= length <= self._limit:
+                raise ValueError(f"a message of {length} bytes")
+            end = at + 4 + length
             if end > len(data):
                 break
             messages.append(data[at + 4 : end])

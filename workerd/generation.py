@@ -47,14 +47,23 @@ class Generation:
         self.loop = asyncio.get_running_loop()
         self.complete: asyncio.Future[None] = self.loop.create_future()  # all workers were ready once
         self._open = False
+        self._restarting: asyncio.Task[None] | None = None
         self._start = start
         self._on_exit = on_exit
         self._on_restart = on_restart
 
+    @property
+    def ready(self) -> bool:
+        """Whether all its workers were ready once; a generation that was given up never is."""
+        return self.complete.done() and not self.complete.cancelled() and self.complete.exception() is None
+
     async def load(self) -> None:
-        """Start the fork server and wait until it has imported the class. Raises ConfigError."""
+        """Start the fork server and wait until it has imported the class. Raises ConfigError or StartError."""
         self._loaded: asyncio.Future[None] = self.loop.create_future()
-        self._server = self._start()
+        try:
+            self._server = self._start()
+        except OSError as error:
+            raise StartError(f"the fork server cannot be started: {error.strerror}") from None
         self.loop.add_reader(self._server.socket, self._read)
         self._open = True
         try:
@@ -68,6 +77,8 @@ class Generation:
         """End the fork server for good, and with it any worker that is left."""
         self.wanted = 0
         self._close_server()
+        if self._restarting is not None:
+            self._restarting.cancel()
 
     def _close_server(self) -> None:
         self.up = False
@@ -134,7 +145,7 @@ class Generation:
         while self.wanted:
             try:
                 await self.load()
-            except ConfigError as error:
+            except (ConfigError, StartError) as error:
                 self.last_error = str(error)
                 logger.error("the workers cannot be started again: %s", error, extra={"event": "worker_exited"})
                 await asyncio.sleep(SERVER_BACKOFF)

@@ -163,7 +163,7 @@ class Supervisor:
         self._program = program
         self._attributes = attributes
         self._queue = PureQueue(max_jobs=sys.maxsize, window=UNLIMITED, window_bytes=UNLIMITED)
-        self._frames = FrameReader()
+        self._frames = FrameReader(limit=2**31 - 1)
         self._seq = 0
         self._inbox: deque[Any] = deque()  # messages of the program that were not acted on yet
         self._joins = 0

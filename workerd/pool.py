@@ -97,7 +97,7 @@ class Pool:
         """Take one step from the workers that there are to those that there should be."""
         for generation in list(self.generations):
             current = generation is self.current
-            replaced = not current and self.current.complete.done()
+            replaced = not current and self.current.ready
             wanted = 0 if replaced else generation.wanted
             alive = [process for process in generation.workers.values() if process.phase is not Phase.RETIRING]
             for process in sorted(alive, key=lambda process: (process.idle, process.number))[wanted:]:
@@ -129,14 +129,22 @@ class Pool:
         if not self._free_slots:
             return  # the next worker that goes lets us try again
         number = heapq.heappop(self._free_slots)
-        process = WorkerProcess(number, generation.number, self.claims.slot(number), self.loop)
+        try:
+            process = WorkerProcess(number, generation.number, self.claims.slot(number), self.loop)
+        except OSError as error:  # no descriptors are left
+            logger.error("worker %d cannot be started, and is tried again: %s", number, error.strerror)
+            self._spawn_later(generation, number)
+            return
         started = generation.spawn(process)
         process.watch_pipe(self._on_message, self._on_output)
         if not started:
             process.close()
-            heapq.heappush(self._free_slots, number)
-            generation.not_before = self.loop.time() + SPAWN_RETRY
-            self.loop.call_later(SPAWN_RETRY, self.converge)
+            self._spawn_later(generation, number)
+
+    def _spawn_later(self, generation: Generation, number: int) -> None:
+        heapq.heappush(self._free_slots, number)
+        generation.not_before = self.loop.time() + SPAWN_RETRY
+        self.loop.call_later(SPAWN_RETRY, self.converge)
 
     def _retire(self, process: WorkerProcess) -> None:
         process.phase = Phase.RETIRING
@@ -162,14 +170,6 @@ class Pool:
     # --- messages -----------------------------------------------------------------------------------------
 
     def _on_message(self, process: WorkerProcess, message: list[Any]) -> None:
-        try:
-            self._act_on(process, message)
-        except Exception:
-            # whatever it was that it sent, nothing more that it sends can be trusted
-            logger.exception("worker %d sent what makes no sense, and is replaced", process.number)
-            process.kill()
-
-    def _act_on(self, process: WorkerProcess, message: list[Any]) -> None:
         kind = message[0]
         if kind == worker.OUTCOMES:
             self._settler.outcomes(process, *message[1:])
@@ -240,7 +240,7 @@ class Pool:
         """The workers that may be given jobs: until a new generation is complete, those of the old one."""
         if not self.generations:
             return []
-        complete = (generation for generation in reversed(self.generations) if generation.complete.done())
+        complete = (generation for generation in reversed(self.generations) if generation.ready)
         workers = next(complete, self.current).workers.values()
         return [process for process in workers if process.phase is Phase.READY and not process.revoked_to]
 
@@ -250,6 +250,8 @@ class Pool:
 
     def catch_up(self, process: WorkerProcess) -> None:
         """Settle what it has finished and will not report before its present job ends."""
+        if process.broken:
+            return
         done = process.slot[DONE]
         while process.read(self._on_message):
             pass

@@ -7,6 +7,7 @@ pipe never blocks: a worker may be stopped in the middle of a message.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import signal
 import socket
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 
     from workerd.job import Job
 
+logger = logging.getLogger("workerd")
+
 READ_SIZE = 256 * 1024
 SEND_BUFFER = 1024 * 1024
 GRACE = 2.0  # seconds between the exception in the method and the SIGKILL
@@ -44,7 +47,10 @@ class Phase(StrEnum):
 
 
 class WorkerProcess:
-    """One worker. The pool sets `on_message` and is told of each message as a list, and of end of file."""
+    """One worker; making one raises OSError where there are no descriptors left.
+
+    The pool is told of each message as a list, by the callback that it gives.
+    """
 
     def __init__(self, number: int, generation: int, slot: memoryview, loop: asyncio.AbstractEventLoop) -> None:
         self.number = number
@@ -58,6 +64,7 @@ class WorkerProcess:
         self.latest: Job | None = None  # the last of them, to which late output belongs
         self.revoked_to = 0  # positions before this are being taken back; 0: none are
         self.expired = 0  # position of the job that was killed for its timeout
+        self.broken = False  # it sent what makes no sense, and is being killed
         self.looked_at = -1  # position of the latest job begun when the dispatcher last looked
         self.watch: asyncio.TimerHandle | None = None
         self._watch_at = 0.0  # uvloop's handles do not tell
@@ -69,7 +76,12 @@ class WorkerProcess:
         self.socket.setblocking(False)
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
         self.child_socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
-        self.output, self.child_output = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        try:
+            self.output, self.child_output = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        except OSError:
+            self.socket.close()
+            self.child_socket.close()
+            raise
         os.set_blocking(self.child_output, True)
         self._frames = FrameReader()
         self._unsent = bytearray()
@@ -124,6 +136,8 @@ class WorkerProcess:
 
     def read(self, on_message: Callable[[WorkerProcess, Any], None]) -> bool:
         """Read what there is and pass the whole messages on; False when nothing more can come."""
+        if self.broken:
+            return False
         try:
             data = self.socket.recv(READ_SIZE)
         except BlockingIOError:
@@ -133,8 +147,16 @@ class WorkerProcess:
         if not data:
             self.loop.remove_reader(self.socket)
             return False
-        for message in self._frames.feed(data):
-            on_message(self, _decode(message))
+        try:
+            for message in self._frames.feed(data):
+                on_message(self, _decode(message))
+        except Exception:
+            # whatever it was that came, nothing more from this pipe can be trusted
+            logger.exception("worker %d sent what makes no sense, and is replaced", self.number)
+            self.broken = True
+            self.loop.remove_reader(self.socket)
+            self.kill()
+            return False
         return True
 
     def _read_output(self, on_output: Callable[..., None]) -> None:

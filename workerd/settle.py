@@ -118,6 +118,10 @@ class Settler:
         reason = "timed_out" if kind == worker.TIMEOUT else "failed"
         self.observer.failed(job, reason, payload.encode(), duration)
 
+    def _crash(self, job: Job, duration: int) -> None:
+        self.queue.crashed(job, time.time())
+        self.observer.failed(job, "crashed", CRASHED, duration)
+
     def catch_up(self, process: WorkerProcess, done: int) -> None:
         """Take the jobs up to position `done` for successes, which the worker has not reported yet.
 
@@ -136,7 +140,12 @@ class Settler:
         """Settle what a dead worker held; returns the job that it took with it, if one is to be charged."""
         holder, slot = process.holder, process.slot
         started, done = slot[STARTED], slot[DONE]
-        self.catch_up(process, done)
+        if process.broken:
+            # what it reported is lost with its pipe: all that it has begun may have ended in any way
+            while charge and holder.batches and (first := holder.batches[0].first) <= started:
+                self._crash(self.queue.report(holder, first, 1)[0], 0)
+        else:
+            self.catch_up(process, done)
         victim: Job | None = None
         running = holder.batches and started > done and holder.batches[0].first == started
         if running and charge:
@@ -146,7 +155,6 @@ class Settler:
                 self.queue.failed(victim, time.time())
                 self.observer.failed(victim, "timed_out", KILLED, duration)
             else:
-                self.queue.crashed(victim, time.time())
-                self.observer.failed(victim, "crashed", CRASHED, duration)
+                self._crash(victim, duration)
         self.queue.release(holder)
         return victim

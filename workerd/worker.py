@@ -132,7 +132,9 @@ class Worker:
             self._capture_output()
 
     def send(self, *message: object) -> None:
-        """Send one message to the pool."""
+        """Send one message to the pool; a child that a job forked has no part in that conversation."""
+        if self.forked:
+            return
         with self._lock:
             self.connection.send_bytes(self._encode(message))
 
@@ -232,6 +234,9 @@ class Worker:
     def log(self, level: int, text: str) -> None:
         """Send a line for the log, in the name of the running job."""
         job = self.current
+        if self.forked:
+            os.write(2, text.encode("utf-8", "backslashreplace") + b"\n")
+            return
         text = text[:TEXT_LIMIT].encode("utf-8", "backslashreplace").decode()
         self.send(OUTPUT, level, text, job and job[0], job and job[1], job and job[2])
 

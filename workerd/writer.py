@@ -86,7 +86,9 @@ class Writer:
         self._timer: asyncio.TimerHandle | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="spool")
         self._loop = asyncio.get_running_loop()
+        self.on_defect: Callable[[], None] = lambda: None
         self._task = self._loop.create_task(self._run())
+        self._task.add_done_callback(lambda task: self.on_defect() if task.exception() else None)
 
     def add(self, jobs: list[Job], keyed: list[Job], pending: Pending) -> None:
         """Make jobs safe; `pending` is told when they are. Those in `keyed` are not to be run before that."""

@@ -25,9 +25,10 @@ from workerd.claims import Claims
 from workerd.errors import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
 MESSAGE_LIMIT = 2**20
+DESCRIPTIONS = 2**16  # characters of signatures, and of docstrings, that are told of a class
 PR_SET_PDEATHSIG = 1
 PR_SET_NAME = 15
 OOM_SCORE = 500  # when memory runs out the kernel ends a worker, never the daemon
@@ -125,18 +126,24 @@ def load_class(spec: Spec) -> type:
 
 
 def describe_targets(attributes: type) -> list[Target]:
-    """Name, signature and docstring of each target."""
-    targets = []
-    for name in worker.find_targets(attributes):
-        method = getattr(attributes, name)
+    """Name, signature and docstring of each target; cut to what one message holds."""
+    names = worker.find_targets(attributes)
+    limit = min(4096, DESCRIPTIONS // len(names))
+
+    def text(show: Callable[[], str]) -> str:
         try:
-            signature = str(inspect.signature(method))
-        except (TypeError, ValueError):
-            signature = "(...)"
-        with contextlib.suppress(Exception):  # annotations that are text, as objects where their names can be found
-            signature = str(inspect.signature(method, eval_str=True))
-        targets.append(Target(name, signature, inspect.getdoc(method) or ""))
-    return targets
+            return show()[:limit].encode("utf-8", "backslashreplace").decode()
+        except Exception:  # a default value that cannot be shown, say
+            return ""
+
+    def describe(name: str) -> Target:
+        method = getattr(attributes, name)
+        # annotations that are text, as objects where their names can be found
+        signature = text(lambda: str(inspect.signature(method, eval_str=True)))
+        signature = signature or text(lambda: str(inspect.signature(method))) or "(...)"
+        return Target(name, signature, text(lambda: inspect.getdoc(method) or ""))
+
+    return [describe(name) for name in names]
 
 
 def serve(sock: socket.socket, claims: Claims, attributes: object, settings: worker.Settings) -> None:
