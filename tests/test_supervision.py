@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import threading
 from pathlib import Path
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 SOURCE = """
-import ctypes, faulthandler, logging, os, signal, subprocess, sys, threading, time
+import ctypes, faulthandler, logging, multiprocessing, os, signal, subprocess, sys, threading, time
 from pathlib import Path
 import workerd
 
@@ -60,6 +61,20 @@ class Targets:
             if arguments == "exit": sys.exit(0)
             return "child"
         return "parent"
+    def garbage(self, arguments):
+        for fd in range(3, 100):
+            try: kind = os.readlink(f"/proc/self/fd/{fd}")
+            except OSError: continue
+            if kind.startswith("socket:"): os.write(fd, bytes(arguments))
+        raise ValueError("after it")
+    def family(self, arguments):
+        def talk():
+            for _ in range(50): print("x" * 16000)
+        children = [multiprocessing.get_context("fork").Process(target=talk) for _ in range(3)]
+        for child in children: child.start()
+        talk()
+        for child in children: child.join()
+        return "done"
     def grow(self, arguments): self.ballast = bytearray(arguments)
 """
 
@@ -213,6 +228,62 @@ def test_a_killed_fork_server_is_replaced_with_its_workers(daemon: Daemon) -> No
     assert daemon.run("pid")["status"] == "succeeded"
 
 
+@pytest.mark.parametrize(
+    "garbage",
+    [[255, 255, 255, 252], [0, 0, 0, 1, 193], [127, 255, 255, 255]],
+    ids=["negative", "no message", "endless"],
+)
+def test_garbage_on_a_workers_pipe_costs_that_worker_only(daemon: Daemon, garbage: list[int]) -> None:
+    """A job that writes into workerd's own descriptors: its worker is replaced, the job is charged a crash each time
+    and never taken for a success, and the daemon serves on.
+    """
+    line = daemon.run("garbage", garbage, max_crashes=2, backoff={"base": 0.01, "cap": 0.01})
+    assert (line["status"], line["error"]["reason"], line["crashes"]) == ("dead", "crashed", 2)
+    daemon.wait_until(lambda status: status["workers"]["idle"] == 2)
+    assert daemon.run("pid")["status"] == "succeeded"
+
+
+def test_children_that_a_job_forks_may_print(daemon: Daemon) -> None:
+    """Multiprocessing in a job, parent and children printing long lines at once: all of it is output, no protocol."""
+    assert daemon.run("family")["result"] == "done"
+    daemon.wait_for_log("x" * 1000)
+    assert "makes no sense" not in daemon.log.replace("\n", "").rpartition("family")[2]
+
+
+def test_no_descriptors_left_is_borne(tmp_path: Path) -> None:
+    """Worker and fork server die while the daemon has no descriptor to spare: both are replaced once it has."""
+    with Daemon(tmp_path, "import os\nclass T:\n    def pid(self, a): return os.getpid()\n") as daemon:
+        hard = resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE)[1]
+        for kind in ("worker", "fork server"):
+            victim = daemon.workers()[0].pid
+            if kind == "fork server":
+                victim = int(Path(f"/proc/{victim}/stat").read_text().rpartition(")")[2].split()[1])
+            resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE, (6, hard))
+            os.kill(victim, signal.SIGKILL)
+            daemon.wait_for_log("cannot be started" if kind == "worker" else "the workers cannot be started again")
+            resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE, (1024, hard))
+            daemon.wait_until(lambda status: status["workers"]["idle"] == 2, kind)
+        assert daemon.run("pid")["status"] == "succeeded"
+
+
+def test_descriptions_that_are_too_long_or_cannot_be_shown(tmp_path: Path) -> None:
+    """Half a megabyte of docstrings, lone surrogates in them, a default whose repr raises: the class is usable."""
+    source = """
+class Odd:
+    def __repr__(self): raise RuntimeError
+class T:
+    def odd(self, arguments=Odd()): return 1
+    def surrogate(self, arguments): "\\ud800"
+    def long(self, arguments): ...
+    long.__doc__ = "x" * 500_000
+"""
+    with Daemon(tmp_path, source) as daemon:
+        assert {target["name"] for target in daemon.request({"command": "targets"})["result"]["targets"]} == {
+            *("odd", "surrogate", "long"),
+        }
+        assert daemon.run("odd")["result"] == 1
+
+
 @pytest.mark.parametrize("how", ["return", "exit"])
 def test_a_job_may_fork(daemon: Daemon, how: str) -> None:
     """A child of the job's own that comes back from the method ends there: it is no second worker on the pipe."""
@@ -308,6 +379,7 @@ def test_reload_brings_new_code_and_new_settings_without_losing_a_job(tmp_path: 
 def test_a_bad_reload_keeps_the_old_and_says_so(tmp_path: Path, fault: str) -> None:
     """Whatever is wrong with the new configuration or code, the old goes on, and STATUS, log and metric tell."""
     with Daemon(tmp_path, "class T:\n    def version(self, a): return 1\n") as daemon:
+        before = {process.pid for process in daemon.workers()}
         if fault == "toml":
             daemon.config_file.write_text("[workers\n")
         elif fault == "import":
@@ -325,6 +397,7 @@ def test_a_bad_reload_keeps_the_old_and_says_so(tmp_path: Path, fault: str) -> N
         assert daemon.metrics()["workerd_config_last_reload_successful"] == 0
         assert "reload failed" in daemon.log
         daemon.wait_until(lambda status: status["workers"]["idle"] == 2 and len(status["processes"]) == 2)
+        assert {process.pid for process in daemon.workers()} == before
 
 
 def test_a_class_that_cannot_be_made_does_not_start(tmp_path: Path) -> None:
