@@ -273,7 +273,8 @@ class Odd:
     def __repr__(self): raise RuntimeError
 class T:
     def odd(self, arguments=Odd()): return 1
-    def surrogate(self, arguments): "\\ud800"
+    def surrogate(self, arguments): ...
+    surrogate.__doc__ = chr(0xD800)
     def long(self, arguments): ...
     long.__doc__ = "x" * 500_000
 """
