@@ -154,6 +154,21 @@ def test_dead_jobs_stay_until_somebody_decides(tmp_path: Path) -> None:
         assert daemon.request(job("need", str(missing), id="mine"))["status"] == "duplicate"
 
 
+def test_a_dead_job_can_be_found_as_soon_as_its_line_is_there(tmp_path: Path) -> None:
+    """`dead` by id, straight after the line that says so, while many others come in and die."""
+    source = "class T:\n    def fail(self, a): raise ValueError\n    def noop(self, a): pass\n"
+    with Daemon(tmp_path, source) as daemon, daemon.connect() as client, daemon.connect() as other:
+        for _ in range(300):
+            client.send(job("fail", reply="result"))
+            client.send(job("noop", "x" * 500))
+        ended = 0
+        while ended < 300:
+            line = client.recv()
+            if line["status"] == "dead":
+                ended += 1
+                assert "result" in other.request({"command": "dead", "id": line["id"]}), line["id"]
+
+
 def test_two_daemons_do_not_share_a_spool_or_a_socket(tmp_path: Path) -> None:
     """The second refuses to start, with one line, and the first is not disturbed."""
     with Daemon(tmp_path, SOURCE) as daemon:

@@ -150,6 +150,20 @@ def test_a_number_that_no_float_holds_ends_in_a_clear_error(daemon: Daemon) -> N
         assert "out of range" in client.recv()["error"]["message"]
 
 
+@pytest.mark.parametrize("end", [b"", b"\n"], ids=["", "blank line behind"])
+@pytest.mark.parametrize(
+    ("line", "kinds"),
+    [(b'{"target":"a"}{"target":"b"}\n', [Problem]), (b'{"target":"a",\n"arguments":1}\n', [Problem, Problem])],
+    ids=["two values in a line", "a value in two lines"],
+)
+def test_a_value_is_a_line_however_the_bytes_arrive(line: bytes, end: bytes, kinds: list[type]) -> None:
+    """In one chunk or a byte at a time: what shares a line, or spans lines, is refused."""
+    whole = Framer(max_line=100).feed(line + end)
+    framer = Framer(max_line=100)
+    pieces = [request for byte in line + end for request in framer.feed(bytes([byte]))]
+    assert [type(request) for request in whole] == [type(request) for request in pieces] == kinds
+
+
 LINES = {
     b'{"target": "a"}': Single,
     b'[{"target": "a"}]': Batch,
