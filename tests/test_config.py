@@ -321,7 +321,7 @@ def test_config_cannot_be_changed() -> None:
     """A configuration is a value: a reload makes a new one, nobody edits the old one in place."""
     config = load(EXAMPLE)
     with pytest.raises(AttributeError):
-        config.workers.count = 3  # type: ignore[misc]
+        config.workers.count = 3  # type: ignore[misc]  # what is shown to fail
     assert msgspec.structs.replace(config, workers=Workers(count=3)).workers.count == 3
 
 

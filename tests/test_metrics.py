@@ -183,8 +183,8 @@ def test_openmetrics() -> None:
     counts = Metrics(["resize"], "1")
     counts.snapshot = lambda: NOW
     counts.durations("resize", [1000, 10**9])
-    text = openmetrics.generate_latest(counts.registry).decode()  # type: ignore[no-untyped-call]
-    found = {family.name for family in parse_openmetrics(text)}  # type: ignore[no-untyped-call]
+    text = openmetrics.generate_latest(counts.registry).decode()  # type: ignore[no-untyped-call]  # it has no types
+    found = {family.name for family in parse_openmetrics(text)}  # type: ignore[no-untyped-call]  # it has no types
     assert {"workerd_jobs_finished", "workerd_job_duration_seconds", "workerd_build", "process_open_fds"} <= found
 
 
@@ -219,7 +219,7 @@ def theirs(seconds: list[float]) -> dict[tuple[str, str], float]:
     for each in seconds:
         histogram.observe(each)
     (family,) = histogram.collect()
-    return {key: n for key, n in samples(family).items() if key[0] != "created"}  # type: ignore[arg-type]
+    return {key: n for key, n in samples(family).items() if key[0] != "created"}  # type: ignore[arg-type]  # labels are text here
 
 
 near_bounds = st.sampled_from(BUCKETS).flatmap(lambda bound: st.sampled_from([bound, bound * 0.999, bound * 1.001]))

@@ -102,7 +102,7 @@ def test_status_is_one_line_of_ascii(manager: socket.socket, notifier: Notifier)
 def test_children_do_not_notify(notifier: Notifier, monkeypatch: pytest.MonkeyPatch) -> None:
     """The variables are gone from the environment, and the socket is not inherited."""
     assert not notify.NOTIFY_VARIABLES & os.environ.keys()
-    assert not notifier._sender.socket.get_inheritable()  # type: ignore[union-attr]
+    assert not notifier._sender.socket.get_inheritable()  # type: ignore[union-attr]  # there is one
     monkeypatch.setenv("NOTIFY_SOCKET", "")
     monkeypatch.setenv("WATCHDOG_USEC", "1000")
     monkeypatch.setenv("WATCHDOG_PID", "1")
@@ -185,7 +185,7 @@ def test_a_manager_that_does_not_read_does_not_block_us(
     manager: socket.socket, notifier: Notifier, logged: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """When its queue is full we go on after a moment; a status that was lost is sent once there is room."""
-    notifier._sender.socket.settimeout(0.01)  # type: ignore[union-attr]
+    notifier._sender.socket.settimeout(0.01)  # type: ignore[union-attr]  # there is one
     for _ in range(100_000):
         notifier.watchdog()
         if logged.records:

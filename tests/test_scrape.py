@@ -121,7 +121,7 @@ def test_a_failing_collector_is_500_and_logged(
     def broken() -> None:
         raise OSError("disk on fire")
 
-    service.metrics.snapshot = broken  # type: ignore[assignment]
+    service.metrics.snapshot = broken  # type: ignore[assignment]  # broken on purpose
     monkeypatch.setattr(logging.getLogger("workerd"), "propagate", True)
     status, _, body = service.ask("/metrics")
     assert (status, body) == (500, b"see the log\n")

@@ -61,11 +61,11 @@ def make(seq: int, *, delay: float = 0.0, key: str | None = None, arguments: byt
     options = PLAIN if priority is None else structs.replace(PLAIN, priority=priority)
     values = {"target": "target", "options": options, "submitted": NOW, "ready_at": NOW + delay, **more}
     state = State.SCHEDULED if delay else State.READY
-    return Job(seq=seq, key=key, arguments=arguments, state=state, **values)  # type: ignore[arg-type]
+    return Job(seq=seq, key=key, arguments=arguments, state=state, **values)  # type: ignore[arg-type]  # any field of a Job
 
 
 def several(spool: Spool, count: int, **more: object) -> list[Job]:
-    return [make(spool.first_seq + i, **more) for i in range(count)]  # type: ignore[arg-type]
+    return [make(spool.first_seq + i, **more) for i in range(count)]  # type: ignore[arg-type]  # likewise
 
 
 def ready(spool: Spool, priority: int = 100) -> list[Job]:

@@ -20,7 +20,7 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
 
 from daemon_process import Daemon, job  # noqa: E402 - found by way of the line above
-from throughput import machine  # noqa: E402
+from throughput import machine  # noqa: E402 - likewise
 
 SOURCE = "import time\nclass Targets:\n    def noop(self, arguments): pass\n    def sleep(self, a): time.sleep(a)\n"
 LINE = b'{"target": "noop", "arguments": {"key": "value"}}\n'
