@@ -51,9 +51,8 @@ class Answer:
     def committed(self, committed: Committed) -> None:
         """The writer: what was to be stored is stored."""
         for job in self.keyed:
-            if job.seq not in committed.new and job.waiter is not None:
-                job.waiter = None
-                self.reply.connection.await_result(-1)
+            if job.seq not in committed.new:
+                self._expect_no_result(job)
         self.accept(committed.new)
         if self.keyed:
             self.engine.enter([job for job in self.keyed if job.seq in committed.new])
@@ -98,22 +97,22 @@ class Answer:
         self.engine.metrics.rejected(Code.SPOOL_FAILED, len(lost))
         for job in lost:
             self.engine.waiters.pop(job.seq, None)
-            if job.waiter is not None:
-                job.waiter = None
-                self.reply.connection.await_result(-1)
+            self._expect_no_result(job)
         self.engine.queue.refused([job for job in lost if job.key is None])
         if self.batch:
             self.reply.complete(protocol.refusal(Code.SPOOL_FAILED, message))
             return
-        prefix = self.engine.prefix
         gone = {job.seq for job in lost}
         self._count([job for job in jobs if job.seq not in gone])
         lines = [
-            entry
-            if isinstance(entry, bytes)
-            else protocol.refusal(Code.SPOOL_FAILED, message, entry.key)
-            if entry.seq in gone
-            else f'{{"id":"{prefix}{entry.seq:x}","status":"accepted"}}\n'.encode()
+            protocol.refusal(Code.SPOOL_FAILED, message, entry.key)
+            if not isinstance(entry, bytes) and entry.seq in gone
+            else f"{self._line(entry, frozenset())}\n".encode()
             for entry in self.entries
         ]
         self.reply.complete(b"".join(lines))
+
+    def _expect_no_result(self, job: Job) -> None:
+        if job.waiter is not None:
+            job.waiter = None
+            self.reply.connection.await_result(-1)

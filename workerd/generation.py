@@ -159,7 +159,7 @@ async def ended(pid: int) -> None:
     """Wait until a process that is nobody's child of ours has ended; it may be a zombie then."""
     try:
         pidfd = os.pidfd_open(pid)
-    except (ProcessLookupError, OSError):
+    except OSError:
         return
     loop = asyncio.get_running_loop()
     gone = asyncio.Event()

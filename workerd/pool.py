@@ -210,7 +210,7 @@ class Pool:
         self.observer.settled()
 
     def _note_quiet(self) -> None:
-        if self.paused and not any(process.holder.batches for process in self.workers()):
+        if self.paused and not self._holding():
             self._drained.set()
         if not self.workers():
             self._gone.set()
@@ -264,18 +264,19 @@ class Pool:
 
     # --- the end ------------------------------------------------------------------------------------------
 
-    async def drain(self, timeout: float) -> bool:
-        """Start nothing new, and wait for the running jobs; False when some were left at the end of `timeout`."""
+    def _holding(self) -> bool:
+        return any(process.holder.batches for process in self.workers())
+
+    async def drain(self, timeout: float) -> None:
+        """Start nothing new, and wait for the running jobs, until the end of `timeout`."""
         self.paused = True
         self.dispatcher.stop()
         for process in self.workers():
             self.take_back(process)
         self._drained.clear()
-        if any(process.holder.batches for process in self.workers()):
+        if self._holding():
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(timeout):
-                    await self._drained.wait()
-        return not any(process.holder.batches for process in self.workers())
+                await asyncio.wait_for(self._drained.wait(), timeout)
 
     async def close(self) -> None:
         """End all workers; a job that still runs is charged to nobody. Returns when every process is gone."""
@@ -292,8 +293,7 @@ class Pool:
                 process.dismiss()
         if self.workers():
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(CLOSE_TIMEOUT):
-                    await self._gone.wait()
+                await asyncio.wait_for(self._gone.wait(), CLOSE_TIMEOUT)
         for generation in self.generations:
             generation.close()
         self.claims.clear()

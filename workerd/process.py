@@ -124,13 +124,12 @@ class WorkerProcess:
         self._unsent += data
 
     def _flush(self) -> None:
-        with contextlib.suppress(BlockingIOError):
-            try:
-                del self._unsent[: self.socket.send(self._unsent)]
-            except BlockingIOError:
-                raise
-            except OSError:
-                self._unsent.clear()
+        try:
+            del self._unsent[: self.socket.send(self._unsent)]
+        except BlockingIOError:
+            pass
+        except OSError:
+            self._unsent.clear()
         if not self._unsent:
             self.loop.remove_writer(self.socket)
 
@@ -234,16 +233,14 @@ class WorkerProcess:
 
     def unstarted(self) -> int:
         """How many of the jobs that it holds it has not begun."""
-        return (
-            self.holder.position - max(self.slot[claims.STARTED], self.holder.batches[0].first - 1)
-            if (self.holder.batches)
-            else 0
-        )
+        if not self.holder.batches:
+            return 0
+        return self.holder.position - max(self.slot[claims.STARTED], self.holder.batches[0].first - 1)
 
-    def revoke(self, on_visible: Callable[[WorkerProcess, int], None]) -> bool:
+    def revoke(self, on_visible: Callable[[WorkerProcess, int], None]) -> None:
         """Begin to take back what it has not begun; `on_visible(self, keep)` says what it kept. See claims."""
         if self.revoked_to or not self.unstarted():
-            return False
+            return
         first = self.slot[claims.STARTED] + 1
         self.revoked_to = self.holder.position + 1
         self.slot[claims.REVOKED_TO] = self.revoked_to
@@ -254,7 +251,6 @@ class WorkerProcess:
                 on_visible(self, max(first - 1, self.slot[claims.STARTED]))
 
         self.loop.call_later(claims.VISIBLE, visible)
-        return True
 
     def revocation_over(self) -> None:
         """The worker has passed the revoked range, or stopped at it: it may be given jobs again."""

@@ -5,7 +5,7 @@ its `backlog`, the others in the `Holder` of the worker that has them.
 
     enter -> ready line (one for each priority, first come first served)  or  scheduled (until ready_at)
     take  -> a batch for one worker      report -> succeeded | scheduled again | dead
-                                         release/lost -> ready again, in the old order
+                                         release -> ready again, in the old order
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ class Observer(Protocol):
         """The result (JSON) of a job that somebody waits for; `succeeded` is called as well."""
 
     def failed(self, job: Job, reason: str, error: bytes, duration: int) -> None:
-        """A job failed_, timed_out or crashed; its state says whether it is tried again."""
+        """A job failed, timed_out or crashed, which is `reason`; its state says whether it is tried again."""
 
     def output(self, worker: int, level: int, text: str, job: tuple[int, str | None, str] | None) -> None:
         """A line of a worker's output; `job` is seq, client's id and target."""
