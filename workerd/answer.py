@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, cast
 
 from msgspec import UNSET
 
@@ -29,6 +29,26 @@ class Intake(Protocol):
         """Queue jobs that are accepted."""
 
 
+HEX = [f"{number:03x}" for number in range(4096)]
+
+
+def accepted(prefix: str, first: int, count: int, between: str) -> str:
+    """The acknowledgements of `count` jobs without ids of their own, with seqs from `first` on.
+
+    Such ids differ in their last digits only, so that thousands of them are one join; seqs have more than those.
+    """
+    runs = []
+    while count:
+        high, low = divmod(first, len(HEX))
+        head = f'{{"id":"{prefix}{high:x}'
+        tail = '","status":"accepted"}'
+        numbers = HEX[low : low + count]
+        runs.append(f"{head}{f'{tail}{between}{head}'.join(numbers)}{tail}")
+        first += len(numbers)
+        count -= len(numbers)
+    return between.join(runs)
+
+
 class Answer:
     """What a chunk of jobs will be answered with: a job, or a refusal, for each line."""
 
@@ -38,6 +58,18 @@ class Answer:
         self.batch = batch
         self.entries: list[Job | bytes] = []
         self.keyed: list[Job] = []
+        self.refusals = 0
+
+    def add(self, job: Job) -> None:
+        """The next line is a job."""
+        self.entries.append(job)
+        if job.key is not None:
+            self.keyed.append(job)
+
+    def refuse(self, line: bytes) -> None:
+        """The next line is answered with this error."""
+        self.entries.append(line)
+        self.refusals += 1
 
     def refuse_all(self, requests: list[protocol.JobRequest], code: Code, message: str) -> None:
         """No job of these is accepted."""
@@ -60,16 +92,14 @@ class Answer:
     def accept(self, new: frozenset[int] | set[int]) -> None:
         """Send the acknowledgements; a job with a client's id that is not in `new` is a duplicate."""
         between = "," if self.batch else "\n"
-        jobs = [entry for entry in self.entries if not isinstance(entry, bytes)]
-        if self.keyed or len(jobs) < len(self.entries):
+        if self.keyed or self.refusals:
             text = between.join([self._line(entry, new) for entry in self.entries])
-            jobs = [job for job in jobs if job.key is None or job.seq in new]
-        else:  # the common case: one piece of text between any two numbers
-            prefix = self.engine.prefix
-            numbers = [f"{job.seq:x}" for job in jobs]
-            text = f'","status":"accepted"}}{between}{{"id":"{prefix}'.join(numbers)
-            text = f'{{"id":"{prefix}{text}","status":"accepted"}}'
-        self._count(jobs)
+            jobs = [entry for entry in self.entries if isinstance(entry, Job)]
+            self._count([job for job in jobs if job.key is None or job.seq in new])
+        else:
+            jobs = cast("list[Job]", self.entries)
+            text = accepted(self.engine.prefix, jobs[0].seq, len(jobs), between)
+            self._count(jobs)
         self.reply.complete((f"[{text}]\n" if self.batch else f"{text}\n").encode())
 
     def _line(self, entry: Job | bytes, new: frozenset[int] | set[int]) -> str:
@@ -81,15 +111,14 @@ class Answer:
         return f'{{"id":{protocol.quoted(entry.key)},"status":"{status}"}}'
 
     def _count(self, jobs: list[Job]) -> None:
-        targets = {job.target for job in jobs}
-        for target in targets:
-            count = len(jobs) if len(targets) == 1 else sum([job.target == target for job in jobs])
-            self.engine.metrics.submitted(target, count)
+        targets = [job.target for job in jobs]
+        for target in set(targets):
+            self.engine.metrics.submitted(target, targets.count(target))
 
     def refused(self, error: SpoolError) -> None:
         """The writer: nothing was stored. A job that has succeeded all the same is truly accepted."""
         message = f"the job could not be stored, so it is not accepted: {error}"
-        jobs = [entry for entry in self.entries if not isinstance(entry, bytes)]
+        jobs = [entry for entry in self.entries if isinstance(entry, Job)]
         lost = [job for job in jobs if job.key is not None or job.state is not State.SUCCEEDED]
         if not lost:
             self.accept(frozenset())

@@ -54,33 +54,46 @@ class Backlog:
         self.in_memory = 0  # ready jobs in memory, and the bytes of their arguments
         self.bytes_in_memory = 0
 
-    def enter(self, jobs: Iterable[Job]) -> None:
+    def enter(self, jobs: Sequence[Job]) -> None:
         """Take in jobs: to the end of their line, to the schedule, or past the window (`spilled`)."""
-        line: Line | None = None
-        priority = -1
-        count = size = 0  # what comes into memory, and what there is room for
-        room, room_bytes = self.window - self.in_memory, self.window_bytes - self.bytes_in_memory
+        if not jobs:
+            return
+        options, now = jobs[0].options, jobs[0].submitted
+        alike = [job.options for job in jobs].count(options) == [job.ready_at for job in jobs].count(now) == len(jobs)
+        if alike:
+            self._append(self.line(options.priority), jobs)
+            return
+        lines: dict[int, list[Job]] = {}
         for job in jobs:
             if job.ready_at > job.submitted:  # as in the spool; the dispatcher promotes it once it is due
                 job.state = State.SCHEDULED
                 self.schedule(job)
-                continue
-            if job.options.priority != priority:
-                priority = job.options.priority
-                line = self.line(priority)
-            assert line is not None
-            full = (count >= room or size >= room_bytes) and line.jobs  # an empty line may always begin
-            if full or ((line.stored or self.frozen) and job.seq > line.cursor):
+            else:
+                lines.setdefault(job.options.priority, []).append(job)
+        for priority, ready in lines.items():
+            self._append(self.line(priority), ready)
+
+    def _append(self, line: Line, jobs: Sequence[Job]) -> None:
+        """Put jobs, in order of seq, at the end of a line; what there is no room for is behind its cursor."""
+        behind = bool(line.stored or self.frozen) and jobs[-1].seq > line.cursor
+        sizes = [len(job.arguments) for job in jobs]
+        if not behind and self.in_memory + len(jobs) <= self.window:
+            size = sum(sizes)
+            if self.bytes_in_memory + size <= self.window_bytes:
+                line.jobs.extend(jobs)
+                self.in_memory += len(jobs)
+                self.bytes_in_memory += size
+                return
+        for job, size in zip(jobs, sizes, strict=True):
+            if ((line.stored or self.frozen) and job.seq > line.cursor) or not self._has_room(line):
                 if not (line.stored or self.frozen):
                     line.cursor = job.seq - 1
                 line.stored += 1
                 self.spilled.append(job)
             else:
                 line.jobs.append(job)
-                count += 1
-                size += len(job.arguments)
-        self.in_memory += count
-        self.bytes_in_memory += size
+                self.in_memory += 1
+                self.bytes_in_memory += size
 
     def recover(self, ready: dict[int, int], scheduled: int) -> None:
         """Start on a spool that holds so many ready jobs of each priority, and so many scheduled ones."""

@@ -196,7 +196,7 @@ class Daemon:
     def _use(self, settings: config.Config, generation: Generation) -> None:
         names = [target.name for target in generation.targets]
         self.metrics.set_targets(names)
-        self.engine.defaults = {name: settings.options(name) for name in names}
+        self.engine.targets = {name: (name, settings.options(name)) for name in names}
         self.engine.queue.max_jobs = settings.spool.max_jobs
         self.pool.dispatcher.max_jobs = settings.workers.max_jobs
         self.settings = self.control.config = settings

@@ -50,7 +50,7 @@ class Engine:
         self.metrics = metrics
         self.prefix = f"{writer.spool.identity}-"  # what the ids of this spool begin with
         self.next_seq = writer.spool.first_seq
-        self.defaults: dict[str, Options] = {}  # of each target
+        self.targets: dict[str, tuple[str, Options]] = {}  # each by name, with what a job of it gets by default
         self.draining = False
         self.waiters: dict[int, Reply] = {}  # by seq: who waits for a job that is only in the spool at present
         self.dead = 0
@@ -75,33 +75,54 @@ class Engine:
             text = SPOOL_FULL.format(self.queue.total, self.queue.max_jobs)
             answer.refuse_all(request.jobs, Code.SPOOL_FULL, text)
             return
-        if batch and (unknown := [i for i, job in enumerate(request.jobs) if job.target not in self.defaults]):
+        if batch and (unknown := [i for i, job in enumerate(request.jobs) if job.target not in self.targets]):
             where = f"$[{unknown[0]}].target: "
             answer.refuse_all(request.jobs, Code.UNKNOWN_TARGET, where + self._unknown(request.jobs[unknown[0]]))
             return
-        jobs, keyed = self._make_jobs(request.jobs, answer, now)
-        self.writer.add(jobs, keyed, answer)
+        if isinstance(request, protocol.Single) and request.plain:
+            jobs = self._plain_jobs(request.jobs, answer, now)
+        else:
+            jobs = self._make_jobs(request.jobs, answer, now)
+        self.writer.add(jobs, answer.keyed, answer)
         self.enter(jobs)
 
-    def _make_jobs(
-        self, requests: list[protocol.JobRequest], answer: Answer, now: float
-    ) -> tuple[list[Job], list[Job]]:
+    def _plain_jobs(self, requests: list[protocol.PlainJob], answer: Answer, now: float) -> list[Job]:
+        """The common case of `_make_jobs`, in which every line is a job and says no more than what to run."""
+        targets = self.targets
         jobs: list[Job] = []
-        keyed = answer.keyed
-        entries = answer.entries
-        defaults = self.defaults
         seq = self.next_seq
         for request in requests:
-            options = defaults.get(request.target)
-            if options is None:
+            if request.target not in targets:
+                return self._make_jobs([request.in_full() for request in requests], answer, now)
+            name, options = targets[request.target]
+            # in a sum, because bytes(...) takes twice as long
+            jobs.append(Job(seq, name, b"" + request.arguments, options, now, now))
+            seq += 1
+        wanted = [request.reply for request in requests].count("result")
+        if wanted:
+            answer.reply.connection.await_result(wanted)
+            for job, request in zip(jobs, requests, strict=True):
+                if request.reply == "result":
+                    job.waiter = answer.reply
+        self.next_seq = seq
+        answer.entries += jobs
+        return jobs
+
+    def _make_jobs(self, requests: list[protocol.JobRequest], answer: Answer, now: float) -> list[Job]:
+        """Jobs that may be queued at once; those that must be stored before are in `answer.keyed`."""
+        jobs: list[Job] = []
+        for request in requests:
+            target = self.targets.get(request.target)
+            if target is None:
                 self.metrics.rejected(Code.UNKNOWN_TARGET, 1)
                 request_id = None if request.id is UNSET else request.id
-                entries.append(protocol.refusal(Code.UNKNOWN_TARGET, self._unknown(request), request_id))
+                answer.refuse(protocol.refusal(Code.UNKNOWN_TARGET, self._unknown(request), request_id))
                 continue
+            name, options = target
             if request.has_options():
                 options = options.override(request)
-            job = Job(seq, request.target, bytes(request.arguments), options, now, now + request.delay)
-            seq += 1
+            job = Job(self.next_seq, name, bytes(request.arguments), options, now, now + request.delay)
+            self.next_seq += 1
             if request.reply == "result":
                 job.waiter = answer.reply
                 answer.reply.connection.await_result(1)
@@ -109,13 +130,11 @@ class Engine:
                 jobs.append(job)
             else:
                 job.key = request.id
-                keyed.append(job)
-            entries.append(job)
-        self.next_seq = seq
-        return jobs, keyed
+            answer.add(job)
+        return jobs
 
     def _unknown(self, request: protocol.JobRequest) -> str:
-        return UNKNOWN_TARGET.format(protocol.shown(request.target), ", ".join(sorted(self.defaults)))
+        return UNKNOWN_TARGET.format(protocol.shown(request.target), ", ".join(sorted(self.targets)))
 
     def enter(self, jobs: list[Job]) -> None:
         """Jobs are accepted, or as good as: queue them, and set the workers to work."""
@@ -136,9 +155,10 @@ class Engine:
         self.metrics.finished(target, "succeeded", len(jobs))
         self.metrics.durations(target, durations)
         self.metrics.waits(target, [begin - job.ready_at for begin, job in zip(begins, jobs, strict=False)])
-        changes = self.writer.changes
-        changes.deletes += [job.seq for job in jobs if job.stored and job.key is None]
-        changes.succeeded += [(job.seq, now) for job in jobs if job.key is not None]
+        if stored := [job for job in jobs if job.stored]:  # those with a client's id always are
+            changes = self.writer.changes
+            changes.deletes += [job.seq for job in stored if job.key is None]
+            changes.succeeded += [(job.seq, now) for job in stored if job.key is not None]
 
     def result(self, job: Job, encoded: bytes, duration: int) -> None:
         job_id = protocol.quoted(self.job_id(job.seq, job.key))

@@ -103,8 +103,7 @@ class WorkerProcess:
 
     def assign(self, batch: Batch) -> None:
         """Send a batch."""
-        jobs = [(job.seq, job.key, job.target, job.arguments, job.waiter is not None) for job in batch.jobs]
-        self._write(frame(_encode((batch.first, jobs))))
+        self._write(frame(_encode((batch.first, worker.columns(batch.jobs)))))
         timeouts = [job.options.timeout for job in batch.jobs if job.options.timeout]
         if timeouts:
             self.expect(min(timeouts))

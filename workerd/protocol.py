@@ -6,7 +6,7 @@ looked at line by line, which also finds the words for what is wrong.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import msgspec
 from msgspec import UNSET, Meta, Raw, UnsetType
@@ -18,13 +18,26 @@ Id = Annotated[str, Meta(min_length=1, max_length=128)]
 NULL = Raw(b"null")
 
 
-class JobRequest(OptionFields, frozen=True, kw_only=True, gc=False):
-    """A job as a client writes it."""
+class PlainJob(msgspec.Struct, frozen=True, forbid_unknown_fields=True, gc=False):
+    """A job as most clients write it: what to run. Whoever sees one need not look for all that a job may ask for."""
 
     target: str
     arguments: Raw = NULL
-    id: Id | UnsetType = UNSET
     reply: Literal["accepted", "result"] = "accepted"
+    id: ClassVar[UnsetType] = UNSET
+
+    def in_full(self) -> JobRequest:
+        """The same as a request that could have asked for more."""
+        return JobRequest(target=self.target, arguments=self.arguments, reply=self.reply)
+
+
+class JobRequest(OptionFields, frozen=True, kw_only=True, gc=False):
+    """A job with anything that it may ask for."""
+
+    target: str
+    arguments: Raw = NULL
+    reply: Literal["accepted", "result"] = "accepted"
+    id: Id | UnsetType = UNSET
     delay: Seconds = 0.0
 
     def has_options(self) -> bool:
@@ -70,9 +83,10 @@ class Problem(msgspec.Struct, frozen=True):
 
 
 class Single(msgspec.Struct, frozen=True):
-    """Jobs from lines of their own, in order; one reply line each."""
+    """Jobs from lines of their own, in order; one reply line each. `plain`: each of them is a PlainJob."""
 
-    jobs: list[JobRequest]
+    jobs: list[Any]
+    plain: bool = False
 
 
 class Batch(msgspec.Struct, frozen=True):
@@ -83,6 +97,7 @@ class Batch(msgspec.Struct, frozen=True):
 
 Request = Single | Batch | Retire | Plain | Dead | Problem
 
+_decode_plain = msgspec.json.Decoder(PlainJob)
 _decode_job = msgspec.json.Decoder(JobRequest)
 _decode_batch = msgspec.json.Decoder(list[JobRequest])
 _encode = msgspec.json.Encoder().encode
@@ -128,15 +143,16 @@ class Framer:
 def parse(lines: bytes, max_line: int) -> list[Request]:
     """The requests in a chunk of whole lines."""
     if _is_text(lines) and (len(lines) <= max_line or len(max(lines.split(b"\n"), key=len)) <= max_line):
-        try:
-            jobs = _decode_job.decode_lines(lines)
-        except (msgspec.MsgspecError, ValueError, RecursionError):
-            pass
-        else:
-            # a value may not span lines, nor share one with another: replies are matched to lines by counting
-            between = lines.count(b"}\n{") if lines.startswith(b"{") and lines.endswith(b"}\n") else -1
-            if between == len(jobs) - 1 and lines.count(b"\n") == len(jobs):
-                return [Single(jobs)]
+        # a value may not span lines, nor share one with another: replies are matched to lines by counting
+        between = lines.count(b"}\n{") if lines.startswith(b"{") and lines.endswith(b"}\n") else -1
+        if between == lines.count(b"\n") - 1:
+            for decoder in (_decode_plain, _decode_job):
+                try:
+                    jobs = decoder.decode_lines(lines)
+                except (msgspec.MsgspecError, ValueError, RecursionError):
+                    continue
+                if between == len(jobs) - 1:
+                    return [Single(jobs, plain=decoder is _decode_plain)]
     requests: list[Request] = []
     for line in lines.split(b"\n"):
         if len(line) > max_line:

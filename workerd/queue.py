@@ -107,18 +107,22 @@ class JobQueue:
             return None
         jobs: list[Job] = []
         waiting = line.jobs
-        estimates = self.estimates
-        cost = 0.0
+        cost = estimate = 0.0
+        target = ""
         while waiting and len(jobs) < most:
-            estimate = estimates.get(waiting[0].target, BATCH_SECONDS)
+            job = waiting[0]
+            if job.target is not target:  # one object for each target: see Engine.targets
+                target = job.target
+                estimate = self.estimates.get(target, BATCH_SECONDS)
             if cost + estimate >= BATCH_SECONDS and (jobs or held):
                 break
-            job = waiting.popleft()
-            job.state = State.RUNNING
-            jobs.append(job)
+            jobs.append(waiting.popleft())
             cost += estimate
         if not jobs:
             return None
+        running = State.RUNNING
+        for job in jobs:
+            job.state = running
         self.backlog.count_out(jobs)
         self.held += len(jobs)
         batch = Batch(holder.position + 1, jobs, cost)
@@ -155,8 +159,9 @@ class JobQueue:
 
     def succeeded(self, jobs: Sequence[Job]) -> None:
         """These reported jobs have returned."""
+        succeeded = State.SUCCEEDED
         for job in jobs:
-            job.state = State.SUCCEEDED
+            job.state = succeeded
         self.total -= len(jobs)
 
     def failed(self, job: Job, now: float, jitter: Callable[[float, float], float] | None = None) -> State:

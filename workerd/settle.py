@@ -94,7 +94,7 @@ class Settler:
             return
         self.queue.succeeded(jobs)
         target = jobs[0].target
-        if {job.target for job in jobs} == {target}:
+        if [job.target for job in jobs].count(target) == len(jobs):
             self.queue.learn(target, sum(durations) / len(durations) / 1e9)
             self.observer.succeeded(target, jobs, durations, started)
             return

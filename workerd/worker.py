@@ -19,6 +19,7 @@ import sys
 import threading
 import time
 import traceback
+from itertools import repeat
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -28,9 +29,11 @@ from workerd.errors import JobTimeout
 from workerd.output import TEXT_LIMIT, JobLogHandler, JobStream
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable, Sequence
     from multiprocessing.connection import Connection
     from types import FrameType
+
+    from workerd import job
 
 # Messages of a worker, each a MessagePack array that begins with one of these.
 READY, FAILED, OUTCOMES, STOPPED, OUTPUT, RECYCLE = range(6)
@@ -42,6 +45,23 @@ REPORT_AFTER = 5_000_000  # nanoseconds after which finished jobs are reported i
 RESULT_LIMIT = 16 * 2**20
 
 Job = tuple[int, str | None, str, bytes, bool]  # seq, client's id, target, arguments, whether the result is wanted
+# The jobs of a batch, field by field; what they all share stands there once.
+Columns = tuple[list[int], str | list[str | None] | None, str | list[str], list[bytes], bool | list[bool]]
+
+
+def columns(jobs: Sequence[job.Job]) -> Columns:
+    """How the jobs of a batch travel."""
+    return (
+        [job.seq for job in jobs],
+        _shared([job.key for job in jobs]),
+        _shared([job.target for job in jobs]),
+        [job.arguments for job in jobs],
+        _shared([job.waiter is not None for job in jobs]),
+    )
+
+
+def _shared(values: list[Any]) -> Any:
+    return values[0] if values.count(values[0]) == len(values) else values
 
 
 class Settings(msgspec.Struct, frozen=True):
@@ -124,7 +144,7 @@ class Worker:
         self.forked = False
         os.register_at_fork(after_in_child=self._forked)
         self._lock = threading.Lock()
-        self._decode = msgspec.msgpack.Decoder(tuple[int, list[Job]]).decode
+        self._decode = msgspec.msgpack.Decoder(tuple[int, Columns]).decode
         self._encode = msgspec.msgpack.Encoder().encode
         self.streams: list[JobStream] = []
         signal.signal(TIMEOUT_SIGNAL, self._expire)
@@ -142,11 +162,12 @@ class Worker:
         """Run batches until the pool closes the pipe, or is gone."""
         with contextlib.suppress(EOFError, OSError):
             while True:
-                first, jobs = self._decode(self.connection.recv_bytes())
+                first, columns = self._decode(self.connection.recv_bytes())
                 if first >= self.skip_to:
-                    self._run_batch(first, jobs, methods)
+                    fields = [field if isinstance(field, list) else repeat(field) for field in columns]
+                    self._run_batch(first, zip(*fields, strict=False), methods)
 
-    def _run_batch(self, first: int, jobs: list[Job], methods: Methods) -> None:
+    def _run_batch(self, first: int, jobs: Iterable[Job], methods: Methods) -> None:
         slot = self.slot
         decode = self.decode_arguments
         clock = time.monotonic_ns
