@@ -18,10 +18,10 @@ PACKAGE = ROOT / "workerd"
 # A module imports from lower layers only ...
 LAYERS: list[set[str]] = [
     {"errors", "job", "values"},
-    {"protocol", "config", "backlog", "queue", "claims", "frames", "log", "output", "rows", "spoolfile"},
+    {"protocol", "config", "backlog", "queue", "claims", "frames", "log", "outbox", "output", "rows", "spoolfile"},
     {
         *("spool", "writer", "feeder", "metrics", "scrape", "notify"),
-        *("worker", "zygote", "forkserver", "process", "generation", "settle", "dispatcher", "pool"),
+        *("worker", "zygote", "forkserver", "channel", "process", "generation", "settle", "dispatcher", "pool"),
     },
     {"answer", "engine", "control", "recovery", "reporter", "daemon"},
     {
@@ -35,7 +35,7 @@ NEIGHBOURS: dict[str, set[str]] = {
     "writer": {"spool"},
     "zygote": {"worker"},
     "forkserver": {"worker", "zygote"},
-    "process": {"worker"},
+    "process": {"worker", "channel"},
     "generation": {"forkserver", "process", "zygote"},
     "settle": {"worker", "process"},
     "dispatcher": {"process", "settle"},

@@ -260,6 +260,11 @@ class Backlog:
         """Jobs that wait for a worker, in memory and in the spool; without those handed to workers."""
         return self.in_memory + sum(line.stored for line in self.lines.values())
 
+    def ready_up_to(self, priority: int) -> int | None:
+        """Ready jobs that are at least so urgent; None where some of them are in the spool only."""
+        lines = [line for urgency, line in self.lines.items() if urgency <= priority]
+        return None if any(line.stored for line in lines) else sum(len(line.jobs) for line in lines)
+
     def scheduled_count(self) -> int:
         """Jobs that wait for their time."""
         return len(self.scheduled) + self.scheduled_stored

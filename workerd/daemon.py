@@ -113,7 +113,7 @@ class Daemon:
         self.engine.dead = dead
         self.engine.on_change = self.reporter.touch
         self.pool = self.engine.pool = Pool(queue, claims, self.engine)
-        self.writer.patience = self.pool.patience
+        self.writer.patience = self.pool.dispatcher.patience
         self._exits.push_async_callback(self.pool.close)
         self.control = self.reporter.control = Control(self.engine, settings, lambda: self.reporter.state)
         generation = await self._load(settings)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from itertools import accumulate
+from itertools import accumulate, groupby
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -160,11 +160,16 @@ class Engine:
             changes.deletes += [job.seq for job in stored if job.key is None]
             changes.succeeded += [(job.seq, now) for job in stored if job.key is not None]
 
-    def result(self, job: Job, encoded: bytes, duration: int) -> None:
-        job_id = protocol.quoted(self.job_id(job.seq, job.key))
-        head = f'{{"id":{job_id},"status":"succeeded","result":'.encode()
-        tail = f',"attempts":{job.attempts},"duration":{duration / 1e9:.6f}}}\n'.encode()
-        self._tell(job, head + encoded + tail)
+    def results(self, results: list[tuple[Job, bytes, int]]) -> None:
+        for reply, ended in groupby(results, lambda result: result[0].waiter):
+            lines = [self._result(job, encoded, duration) for job, encoded, duration in ended]
+            self._tell(reply, b"".join(lines), len(lines))
+
+    def _result(self, job: Job, encoded: bytes, duration: int) -> bytes:
+        job.waiter = None
+        job_id = f'"{self.prefix}{job.seq:x}"' if job.key is None else protocol.quoted(job.key)
+        tail = f',"attempts":{job.attempts},"duration":{duration / 1e9:.6f}}}\n'
+        return b'{"id":%b,"status":"succeeded","result":%b%b' % (job_id.encode(), encoded, tail.encode())
 
     def failed(self, job: Job, reason: str, error: bytes, duration: int) -> None:
         name = self.job_id(job.seq, job.key)
@@ -205,14 +210,13 @@ class Engine:
             "attempts": job.attempts,
             "crashes": job.crashes,
         }
-        self._tell(job, protocol.reply(fields))
+        self._tell(job.waiter, protocol.reply(fields), 1)
+        job.waiter = None
 
-    def _tell(self, job: Job, line: bytes) -> None:
-        reply: Reply | None = job.waiter
+    def _tell(self, reply: Reply | None, lines: bytes, count: int) -> None:
         if reply is not None:
-            job.waiter = None
-            reply.add_result(line)
-            reply.connection.await_result(-1)
+            reply.add_results(lines)
+            reply.connection.await_result(-count)
 
     def output(self, worker: int, level: int, text: str, job: tuple[int, str | None, str] | None) -> None:
         extra: dict[str, object] = {"worker": worker, "event": "worker_output"}

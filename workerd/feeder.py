@@ -48,12 +48,12 @@ class Reply:
         self.data = data
         self.connection.flush()
 
-    def add_result(self, line: bytes) -> None:
-        """A job of this chunk has ended; its line follows the answer."""
+    def add_results(self, lines: bytes) -> None:
+        """Jobs of this chunk have ended; their lines follow the answer."""
         if self.sent:
-            self.connection.write(line)
+            self.connection.write(lines)
         else:
-            self.results.append(line)
+            self.results.append(lines)
 
 
 class Connection(asyncio.Protocol):

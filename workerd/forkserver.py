@@ -70,9 +70,9 @@ class ForkServer:
             )
         return cls(ours, process)
 
-    def spawn(self, slot: int, pipe: socket.socket, output: int) -> None:
-        """Ask for a worker in this slot; it gets the two descriptors. Raises OSError when the server is gone."""
-        socket.send_fds(self.socket, [str(slot).encode()], [pipe.fileno(), output])
+    def spawn(self, slot: int, descriptors: Sequence[int]) -> None:
+        """Ask for a worker in this slot; see zygote.run_worker. Raises OSError when the server is gone."""
+        socket.send_fds(self.socket, [str(slot).encode()], descriptors)
 
     def receive(self) -> Message | None:
         """The next message; None when the fork server is gone. Raises BlockingIOError when there is none yet."""

@@ -90,7 +90,7 @@ class Generation:
     def spawn(self, process: WorkerProcess) -> bool:
         """Have a worker forked; its exit will be told. False: not now, the fork server does not keep up."""
         try:
-            self._server.spawn(process.number, process.child_socket, process.child_output)
+            self._server.spawn(process.number, process.channel.theirs())
         except (BrokenPipeError, ConnectionResetError):
             pass  # it is gone: `_restart` settles this one too
         except OSError:

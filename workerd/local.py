@@ -259,7 +259,7 @@ class Supervisor:
     def succeeded(self, target: str, jobs: list[Job], durations: list[int], started: int) -> None:
         """Nothing is kept of a job that went well."""
 
-    def result(self, job: Job, encoded: bytes, duration: int) -> None:
+    def results(self, results: list[tuple[Job, bytes, int]]) -> None:
         """Nobody waits for results in process."""
 
     def failed(self, job: Job, reason: str, error: bytes, duration: int) -> None:

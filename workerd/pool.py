@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import heapq
 import logging
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -20,7 +21,6 @@ from workerd.claims import DONE, SEQ, SLOTS
 from workerd.dispatcher import Dispatcher
 from workerd.generation import Generation
 from workerd.process import Phase, WorkerProcess
-from workerd.queue import BATCH_SECONDS
 from workerd.settle import Settler
 
 if TYPE_CHECKING:
@@ -33,9 +33,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("workerd")
 
-OVERHEAD = 4e-6  # seconds that the daemon itself spends on a job
-LEEWAY = 0.001  # seconds that a quick job may take longer than expected
-LONGEST_PATIENCE = 0.1  # seconds; what is not expected to end within that is written at once
 STARTING_AT_ONCE = 32  # workers; the fork server forks one after the other anyhow
 SPAWN_RETRY = 0.1  # seconds after which to ask a fork server again that does not keep up
 CLOSE_TIMEOUT = 5.0  # seconds within which killed workers are surely gone
@@ -136,7 +133,7 @@ class Pool:
             self._spawn_later(generation, number)
             return
         started = generation.spawn(process)
-        process.watch_pipe(self._on_message, self._on_output)
+        process.channel.watch(partial(self._on_readable, process), partial(self._on_output, process))
         if not started:
             process.close()
             self._spawn_later(generation, number)
@@ -153,7 +150,9 @@ class Pool:
             process.dismiss()
 
     def _worker_gone(self, generation: Generation, process: WorkerProcess, status: int) -> None:
-        process.drain_pipes(self._on_message, self._on_output)
+        process.read_all(self._on_message)
+        with contextlib.suppress(OSError):
+            self._on_output(process)
         victim = self._settler.dead(process, charge=not self.paused)
         process.close()
         process.slot[SEQ] = 0
@@ -169,6 +168,10 @@ class Pool:
 
     # --- messages -----------------------------------------------------------------------------------------
 
+    def _on_readable(self, process: WorkerProcess) -> None:
+        process.read(self._on_message)
+        self._after(process)
+
     def _on_message(self, process: WorkerProcess, message: list[Any]) -> None:
         kind = message[0]
         if kind == worker.OUTCOMES:
@@ -176,7 +179,6 @@ class Pool:
         elif kind == worker.OUTPUT:
             level, text, seq, key, target = message[1:]
             self.observer.output(process.number, level, text, None if seq is None else (seq, key, target))
-            return
         elif kind == worker.STOPPED:
             process.revocation_over()
             self.queue.release(process.holder, message[1] - 1)
@@ -190,7 +192,6 @@ class Pool:
             self.observer.start_failed(process.number, message[1].encode())
         elif kind == worker.RECYCLE:
             self._recycle(process)
-        self._after(process)
 
     def _generation_of(self, process: WorkerProcess) -> Generation:
         return next(generation for generation in self.generations if generation.number == process.generation)
@@ -215,26 +216,18 @@ class Pool:
         if not self.workers():
             self._gone.set()
 
-    def _on_output(self, process: WorkerProcess, text: str) -> None:
-        running = process.running()
-        job = running[1] if running else process.latest
-        about = (job.seq, job.key, job.target) if job else None
-        self.observer.output(process.number, logging.WARNING, text, about)
+    def _on_output(self, process: WorkerProcess) -> None:
+        for text in process.channel.read_output():
+            running = process.running()
+            job = running[1] if running else process.latest
+            about = (job.seq, job.key, job.target) if job else None
+            self.observer.output(process.number, logging.WARNING, text, about)
 
     # --- work goes out ------------------------------------------------------------------------------------
 
     def dispatch(self) -> None:
         """Give ready jobs to workers that can take them."""
         self.dispatcher.dispatch()
-
-    def patience(self) -> float:
-        """Seconds in which the jobs that are waiting should all have ended; 0 when that is not soon."""
-        free = sum(process.holder.cost < BATCH_SECONDS for process in self.working())
-        backlog = self.queue.backlog
-        if not free or any(line.stored for line in backlog.lines.values()):
-            return 0.0
-        expected = (backlog.in_memory + self.queue.held) * max(self.queue.pace / free, OVERHEAD)
-        return LEEWAY + 2 * expected if expected < LONGEST_PATIENCE else 0.0
 
     def working(self) -> list[WorkerProcess]:
         """The workers that may be given jobs: until a new generation is complete, those of the old one."""
@@ -253,10 +246,9 @@ class Pool:
         if process.broken:
             return
         done = process.slot[DONE]
-        while process.read(self._on_message):
-            pass
+        process.read_all(self._on_message)
         self._settler.catch_up(process, done)
-        self.observer.settled()
+        self._after(process)
 
     def _visible(self, process: WorkerProcess, keep: int) -> None:
         self.queue.release(process.holder, keep)

@@ -1,7 +1,6 @@
-"""The parent's handle on one worker process: its pipe, its slot in the claims file, its signals.
+"""The parent's handle on one worker process: its channel, its slot in the claims file, its signals.
 
-It moves bytes and reads claims; what is done with a job is the pool's and the queue's business. This end of the
-pipe never blocks: a worker may be stopped in the middle of a message.
+It sends batches and reads claims; what is done with a job is the pool's and the queue's business.
 """
 
 from __future__ import annotations
@@ -10,7 +9,6 @@ import contextlib
 import logging
 import os
 import signal
-import socket
 import time
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
@@ -18,8 +16,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from workerd import claims, worker
-from workerd.frames import FrameReader, frame
-from workerd.output import TEXT_LIMIT
+from workerd.channel import Channel
 from workerd.queue import Batch, Holder
 
 if TYPE_CHECKING:
@@ -30,8 +27,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("workerd")
 
-READ_SIZE = 256 * 1024
-SEND_BUFFER = 1024 * 1024
 GRACE = 2.0  # seconds between the exception in the method and the SIGKILL
 
 _encode = msgspec.msgpack.Encoder().encode
@@ -72,120 +67,47 @@ class WorkerProcess:
         for word in range(claims.WORDS):
             slot[word] = 0
         slot[claims.REVOKED_FROM] = claims.NEVER
-        self.socket, self.child_socket = socket.socketpair()
-        self.socket.setblocking(False)
-        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
-        self.child_socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
-        try:
-            self.output, self.child_output = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-        except OSError:
-            self.socket.close()
-            self.child_socket.close()
-            raise
-        os.set_blocking(self.child_output, True)
-        self._frames = FrameReader()
-        self._unsent = bytearray()
-        self._line = b""
-
-    def watch_pipe(self, on_message: Callable[[WorkerProcess, Any], None], on_output: Callable[..., None]) -> None:
-        """Begin to read; the child's ends were handed over and are closed here."""
-        self.child_socket.close()
-        os.close(self.child_output)
-        self.loop.add_reader(self.socket, self.read, on_message)
-        self.loop.add_reader(self.output, self._read_output, on_output)
+        self.channel = Channel(loop)
 
     @property
     def idle(self) -> bool:
         """Ready and without a job."""
         return self.phase is Phase.READY and not self.holder.batches
 
-    # --- bytes --------------------------------------------------------------------------------------------
+    # --- messages -----------------------------------------------------------------------------------------
 
     def assign(self, batch: Batch) -> None:
         """Send a batch."""
-        self._write(frame(_encode((batch.first, worker.columns(batch.jobs)))))
+        self.channel.send(_encode((batch.first, worker.columns(batch.jobs))))
         timeouts = [job.options.timeout for job in batch.jobs if job.options.timeout]
         if timeouts:
             self.expect(min(timeouts))
 
-    def _write(self, data: bytes) -> None:
-        if not self._unsent:
-            try:
-                sent = self.socket.send(data)
-            except BlockingIOError:
-                sent = 0
-            except OSError:  # it died; the fork server is about to tell
-                return
-            if sent == len(data):
-                return
-            data = data[sent:]
-            self.loop.add_writer(self.socket, self._flush)
-        self._unsent += data
-
-    def _flush(self) -> None:
-        try:
-            del self._unsent[: self.socket.send(self._unsent)]
-        except BlockingIOError:
-            pass
-        except OSError:
-            self._unsent.clear()
-        if not self._unsent:
-            self.loop.remove_writer(self.socket)
-
     def read(self, on_message: Callable[[WorkerProcess, Any], None]) -> bool:
-        """Read what there is and pass the whole messages on; False when nothing more can come."""
+        """Read what there is and pass the messages on; False when there was nothing, or nothing that can be trusted."""
         if self.broken:
             return False
         try:
-            data = self.socket.recv(READ_SIZE)
-        except BlockingIOError:
-            return False
-        except OSError:
-            data = b""
-        if not data:
-            self.loop.remove_reader(self.socket)
-            return False
-        try:
-            for message in self._frames.feed(data):
+            messages = self.channel.receive()
+            for message in messages or ():
                 on_message(self, _decode(message))
         except Exception:
-            # whatever it was that came, nothing more from this pipe can be trusted
+            # whatever it was that came, nothing more from this worker can be trusted
             logger.exception("worker %d sent what makes no sense, and is replaced", self.number)
             self.broken = True
-            self.loop.remove_reader(self.socket)
+            self.channel.stop_reading()
             self.kill()
             return False
-        return True
+        return messages is not None
 
-    def _read_output(self, on_output: Callable[..., None]) -> None:
-        try:
-            data = os.read(self.output, READ_SIZE)
-        except BlockingIOError:
-            return
-        if not data:
-            self.loop.remove_reader(self.output)
-        *lines, self._line = (self._line + data).split(b"\n")
-        if self._line and (not data or len(self._line) > TEXT_LIMIT):
-            lines.append(self._line)
-            self._line = b""
-        for line in lines:
-            if line:
-                on_output(self, line.decode(errors="backslashreplace"))
-
-    def drain_pipes(self, on_message: Callable[[WorkerProcess, Any], None], on_output: Callable[..., None]) -> None:
-        """The worker is dead: read what it left, whoever else may still hold its ends open."""
+    def read_all(self, on_message: Callable[[WorkerProcess, Any], None]) -> None:
+        """Read until there is nothing left: of a dead worker, whoever else may still hold its ends open."""
         while self.read(on_message):
             pass
-        with contextlib.suppress(OSError):
-            self._read_output(on_output)
 
     def close(self) -> None:
-        """Forget the pipe; a worker that lives sees its end and exits."""
-        self.loop.remove_reader(self.socket)
-        self.loop.remove_writer(self.socket)
-        self.loop.remove_reader(self.output)
-        self.socket.close()
-        os.close(self.output)
+        """Forget it; a worker that lives sees its end and exits."""
+        self.channel.close()
         if self.watch is not None:
             self.watch.cancel()
 
@@ -196,8 +118,7 @@ class WorkerProcess:
         self._dismissed = True
         if self.watch is not None:
             self.watch.cancel()
-        with contextlib.suppress(OSError):
-            self.socket.shutdown(socket.SHUT_WR)
+        self.channel.finish()
         self.watch = self.loop.call_later(GRACE, self.kill)
 
     def kill(self) -> None:

@@ -35,14 +35,17 @@ KILLED = msgspec.json.encode(
 )
 
 
+Ending = tuple[int, int, Any]  # see worker.RESULT
+
+
 class Observer(Protocol):
     """What the pool tells. All calls come from the event loop."""
 
     def succeeded(self, target: str, jobs: list[Job], durations: list[int], started: int) -> None:
         """Jobs of one target returned, one after another; nanoseconds, the first began at monotonic `started`."""
 
-    def result(self, job: Job, encoded: bytes, duration: int) -> None:
-        """The result (JSON) of a job that somebody waits for; `succeeded` is called as well."""
+    def results(self, results: list[tuple[Job, bytes, int]]) -> None:
+        """Jobs that somebody waits for, with their results (JSON) and nanoseconds; `succeeded` was told of them."""
 
     def failed(self, job: Job, reason: str, error: bytes, duration: int) -> None:
         """A job failed, timed_out or crashed, which is `reason`; its state says whether it is tried again."""
@@ -67,56 +70,61 @@ class Settler:
         self.queue = queue
         self.observer = observer
 
-    def outcomes(self, process: WorkerProcess, first: int, started: int, outcomes: list[Any]) -> None:
+    def outcomes(
+        self, process: WorkerProcess, first: int, started: int, durations: list[int], endings: list[Ending]
+    ) -> None:
         """The worker ran jobs from position `first` on, the first at monotonic nanosecond `started`."""
         known = process.holder.reported + 1 - first
         if known > 0:  # we were quicker: see catch_up
             first += known
-            started += sum(outcomes[:known])
-            outcomes = outcomes[known:]
-        count = len(outcomes)
-        if not count:
+            started += sum(durations[:known])
+            durations = durations[known:]
+            endings = [(place - known, kind, payload) for place, kind, payload in endings if place >= known]
+        if not durations:
             return
+        jobs = self._take_out(process, first, len(durations))
+        failure = endings.pop() if endings and endings[-1][1] != worker.RESULT else None  # sent at once, so the last
+        if failure is not None:
+            self._succeeded(jobs[:-1], durations[:-1], started, endings)
+            self._failed(jobs[-1], durations[-1], failure)
+        else:
+            self._succeeded(jobs, durations, started, endings)
+        if process.revoked_to and first + len(durations) >= process.revoked_to:
+            process.revocation_over()
+
+    def _take_out(self, process: WorkerProcess, first: int, count: int) -> list[Job]:
         jobs = self.queue.report(process.holder, first, count)
         process.finished += count
         process.latest = jobs[-1]
-        special = outcomes.pop() if type(outcomes[-1]) is not int else None
-        if special is None:
-            self._report_plain(jobs, outcomes, started)
-        else:
-            self._report_plain(jobs[:-1], outcomes, started)
-            self._report_special(jobs[-1], special, started + sum(outcomes))
-        if process.revoked_to and first + count >= process.revoked_to:
-            process.revocation_over()
+        return jobs
 
-    def _report_plain(self, jobs: list[Job], durations: list[int], started: int) -> None:
+    def _succeeded(self, jobs: list[Job], durations: list[int], started: int, results: list[Ending]) -> None:
         if not jobs:
             return
+        for place, _, _ in results:
+            jobs[place].attempts += 1
         self.queue.succeeded(jobs)
         target = jobs[0].target
         if [job.target for job in jobs].count(target) == len(jobs):
             self.queue.learn(target, sum(durations) / len(durations) / 1e9)
             self.observer.succeeded(target, jobs, durations, started)
-            return
-        for job, duration in zip(jobs, durations, strict=True):
-            self.queue.learn(job.target, duration / 1e9)
-            self.observer.succeeded(job.target, [job], [duration], started)
-            started += duration
+        else:
+            for job, duration in zip(jobs, durations, strict=True):
+                self.queue.learn(job.target, duration / 1e9)
+                self.observer.succeeded(job.target, [job], [duration], started)
+                started += duration
+        if results:
+            self.observer.results([(jobs[place], payload, durations[place]) for place, _, payload in results])
 
-    def _report_special(self, job: Job, outcome: tuple[int, int, Any], started: int) -> None:
-        duration, kind, payload = outcome
-        if kind == worker.RESULT:
-            job.attempts += 1
-            self._report_plain([job], [duration], started)
-            self.observer.result(job, payload, duration)
-            return
+    def _failed(self, job: Job, duration: int, ending: Ending) -> None:
+        _, kind, error = ending
         self.queue.learn(job.target, duration / 1e9)
         if kind == worker.UNUSABLE:
             self.queue.bury(job)
         else:
             self.queue.failed(job, time.time())
         reason = "timed_out" if kind == worker.TIMEOUT else "failed"
-        self.observer.failed(job, reason, payload.encode(), duration)
+        self.observer.failed(job, reason, error.encode(), duration)
 
     def _crash(self, job: Job, duration: int) -> None:
         self.queue.crashed(job, time.time())
@@ -125,16 +133,24 @@ class Settler:
     def catch_up(self, process: WorkerProcess, done: int) -> None:
         """Take the jobs up to position `done` for successes, which the worker has not reported yet.
 
-        `done` was read from its slot before its pipe was read to the end, so that these are plain successes only.
-        How long each took is an estimate.
+        `done` was read from its slot before its pipe was read to the end, so that these are successes only, with
+        their results in the outbox. How long each took is an estimate.
         """
-        holder = process.holder
+        holder, found = process.holder, process.channel.outbox.read()
         while holder.batches and (count := min(done + 1 - holder.batches[0].first, len(holder.batches[0].jobs))) > 0:
             batch = holder.batches[0]
-            each = int(batch.cost / max(1, len(batch.jobs)) * 1e9)
-            jobs = self.queue.report(holder, batch.first, count)
-            process.finished += count
-            self._report_plain(jobs, [each] * count, process.slot[SINCE])
+            results: list[Ending] = []
+            for place, job in enumerate(batch.jobs[:count]):
+                if job.waiter is None:
+                    continue
+                if (result := found.get(batch.first + place)) is None:
+                    count = place  # this one's result, and so the rest, is on its way
+                    break
+                results.append((place, worker.RESULT, result))
+            if not count:
+                return
+            each = int(batch.cost / len(batch.jobs) * 1e9)
+            self._succeeded(self._take_out(process, batch.first, count), [each] * count, process.slot[SINCE], results)
 
     def dead(self, process: WorkerProcess, *, charge: bool) -> Job | None:
         """Settle what a dead worker held; returns the job that it took with it, if one is to be charged."""

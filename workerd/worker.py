@@ -2,8 +2,9 @@
 
 A worker is forked from the fork server, which has imported the user's class; it makes the instance, says that
 it is ready, and then runs each batch that comes down its pipe. It writes every job into its slot of the claims
-file before it calls the method. Plain successes are reported together, a batch at a time; whatever else a job
-ends with (a wanted result, an exception) is sent at once, so that a SIGKILL never makes an outcome ambiguous.
+file before it calls the method. Successes are reported together, a batch at a time, with the results that somebody
+wants, which are in the outbox until then; whatever else a job ends with is sent at once. So a SIGKILL never makes an
+outcome ambiguous.
 """
 
 from __future__ import annotations
@@ -34,10 +35,11 @@ if TYPE_CHECKING:
     from types import FrameType
 
     from workerd import job
+    from workerd.outbox import Outbox
 
 # Messages of a worker, each a MessagePack array that begins with one of these.
 READY, FAILED, OUTCOMES, STOPPED, OUTPUT, RECYCLE = range(6)
-# What ended a job, in an outcome that is not a plain success (which is its duration alone).
+# How a job ended that was no plain success, in the endings of OUTCOMES: (place among them, this, payload).
 RESULT, ERROR, TIMEOUT, UNUSABLE = range(4)
 
 TIMEOUT_SIGNAL = signal.SIGXCPU  # "time is up", and nothing that jobs use for themselves
@@ -85,9 +87,9 @@ def _is_method(cls: type, name: str) -> bool:
     return inspect.isroutine(found) and callable(found) and not inspect.iscoroutinefunction(found)
 
 
-def main(connection: Connection, slot: memoryview, attributes: object, settings: Settings) -> None:
+def main(connection: Connection, slot: memoryview, outbox: Outbox, attributes: object, settings: Settings) -> None:
     """Run jobs until the pipe is closed. `attributes` is the class, or an instance of it."""
-    worker = Worker(connection, slot, settings)
+    worker = Worker(connection, slot, outbox, settings)
     try:
         instance = attributes() if isinstance(attributes, type) else attributes
         methods = Methods({name: getattr(instance, name) for name in find_targets(type(instance))})
@@ -131,9 +133,10 @@ def describe(error: BaseException) -> str:
 class Worker:
     """Runs batches. One thread calls methods; `send` may be used from any."""
 
-    def __init__(self, connection: Connection, slot: memoryview, settings: Settings) -> None:
+    def __init__(self, connection: Connection, slot: memoryview, outbox: Outbox, settings: Settings) -> None:
         self.connection = connection
         self.slot = slot
+        self.outbox = outbox
         self.settings = settings
         self.decode_arguments: Callable[[bytes], Any] = (
             msgspec.json.decode if settings.codec == "json" else pickle.loads
@@ -171,7 +174,8 @@ class Worker:
         slot = self.slot
         decode = self.decode_arguments
         clock = time.monotonic_ns
-        outcomes: list[Any] = []
+        durations: list[int] = []
+        endings: list[tuple[int, int, object]] = []
         position = first - 1
         begin = reported = clock()
         for job in jobs:
@@ -181,10 +185,10 @@ class Worker:
             slot[claims.SINCE] = begin
             slot[claims.STARTED] = position
             if position >= slot[claims.REVOKED_FROM]:
-                self._stop(position, outcomes, reported)
+                self._stop(position, reported, durations, endings)
                 return
             self.current = job
-            special: tuple[int, object] | None = None
+            special: tuple[int, Any] | None = None
             try:
                 try:
                     self.running = position
@@ -203,36 +207,40 @@ class Worker:
             for stream in self.streams:
                 if stream.pending:
                     stream.end_line()
-            if special is None:
-                outcomes.append(end - begin)
+            if special is not None:
+                endings.append((len(durations), *special))
+            durations.append(end - begin)
+            if special is None or (special[0] == RESULT and self.outbox.put(position, special[1])):
                 slot[claims.DONE] = position
+                urgent = end - reported > REPORT_AFTER
             else:
-                outcomes.append((end - begin, *special))
-            if special is not None or end - reported > REPORT_AFTER:
-                self._report(position, reported, outcomes)
+                urgent = True
+            if urgent:
+                self._report(position, reported, durations, endings)
                 slot[claims.DONE] = position
-                outcomes = []
+                durations, endings = [], []
                 reported = end
             begin = end
         self.current = None
-        if outcomes:
-            self._report(position, reported, outcomes)
+        if durations:
+            self._report(position, reported, durations, endings)
 
-    def _report(self, last: int, began: int, outcomes: list[Any]) -> None:
-        """Send the outcomes of the jobs up to position `last`, the first of which began at nanosecond `began`."""
+    def _report(self, last: int, began: int, durations: list[int], endings: list[tuple[int, int, object]]) -> None:
+        """Send how the jobs up to position `last` ended, the first of which began at nanosecond `began`."""
         if self.settings.max_memory and resident_memory() > self.settings.max_memory:
             self.send(RECYCLE)  # first, so that no job comes in between
-        self.send(OUTCOMES, last - len(outcomes) + 1, began, outcomes)
+        self.send(OUTCOMES, last - len(durations) + 1, began, durations, endings)
+        self.outbox.empty()
 
-    def _stop(self, position: int, outcomes: list[Any], reported: int) -> None:
+    def _stop(self, position: int, reported: int, durations: list[int], endings: list[tuple[int, int, object]]) -> None:
         """The rest of what we were given was taken back: say where we stopped."""
         slot = self.slot
         slot[claims.STARTED] = position - 1
         self.current = None
         self.skip_to = slot[claims.REVOKED_TO]
         slot[claims.REVOKED_FROM] = claims.NEVER
-        if outcomes:
-            self._report(position - 1, reported, outcomes)
+        if durations:
+            self._report(position - 1, reported, durations, endings)
         self.send(STOPPED, position)
 
     def _expire(self, _number: int, _frame: FrameType | None) -> None:

@@ -46,13 +46,14 @@ class Pending(Protocol):
 class Entry:
     """Jobs that came together, and who waits for them to be safe."""
 
-    __slots__ = ("at", "ended", "jobs", "keyed", "pending")
+    __slots__ = ("at", "ended", "jobs", "keyed", "pending", "priority")
 
     def __init__(self, at: float, jobs: list[Job], keyed: list[Job], pending: Pending) -> None:
         self.at = at
         self.jobs = jobs
         self.keyed = keyed
         self.pending = pending
+        self.priority = max([job.options.priority for job in jobs], default=0)  # of the least urgent
         self.ended = 0  # so many of `jobs`, from the first on, have succeeded: of a dead one a record is kept
 
     def over(self) -> bool:
@@ -67,8 +68,8 @@ class Entry:
 class Writer:
     """Owns the spool's thread. `observe` is told the seconds of each commit, or the error.
 
-    `durable`: jobs are stored as they come; else only those are that the queue has no room for. `patience()`: seconds
-    for which a new job may be left to end by itself, set by the owner.
+    `durable`: jobs are stored as they come; else only those are that the queue has no room for. `patience(priority)`:
+    seconds for which a new job may be left to end by itself, set by the owner.
     """
 
     def __init__(self, spool: Spool, observe: Callable[[float, SpoolError | None], None], *, durable: bool) -> None:
@@ -76,7 +77,7 @@ class Writer:
         self.durable = durable
         self.failing: str | None = None
         self.changes = Changes()
-        self.patience: Callable[[], float] = lambda: 0.0
+        self.patience: Callable[[int], float] = lambda _priority: 0.0
         self._observe = observe
         self._closing = False
         self._entries: deque[Entry] = deque()
@@ -95,8 +96,9 @@ class Writer:
         if not (self.durable or keyed or self._entries) and len(jobs) < FEW:
             pending.committed(NOTHING)
             return
-        self._entries.append(Entry(self._loop.time(), jobs, keyed, pending))
-        self._wait(0.0 if keyed else self.patience())
+        entry = Entry(self._loop.time(), jobs, keyed, pending)
+        self._entries.append(entry)
+        self._wait(self._patience(entry))
 
     def collect(self) -> None:
         """Jobs have ended: whoever waited for no others need wait no longer."""
@@ -158,13 +160,17 @@ class Writer:
 
     def _due(self, *, everything: bool) -> list[Entry]:
         """The entries that must be written now: up to the last that is out of patience."""
-        patience = 0.0 if everything or self._closing else self.patience()
-        before = self._loop.time() - patience
-        due = max((i for i, entry in enumerate(self._entries, 1) if entry.keyed or entry.at <= before), default=0)
+        now = self._loop.time()
+        left = [entry.at + self._patience(entry) - now for entry in self._entries]
+        hurried = everything or self._closing
+        due = max((i for i, seconds in enumerate(left, 1) if hurried or seconds <= 0), default=0)
         taken = [self._entries.popleft() for _ in range(due)]
         if self._entries:
-            self._wait(max(0.001, self._entries[0].at - before))
+            self._wait(max(0.001, left[due]))
         return taken
+
+    def _patience(self, entry: Entry) -> float:
+        return 0.0 if entry.keyed else self.patience(entry.priority)
 
     async def _commit(self, *, everything: bool = False) -> bool:
         self.collect()

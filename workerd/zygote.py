@@ -23,6 +23,7 @@ import msgspec
 from workerd import worker
 from workerd.claims import Claims
 from workerd.errors import ConfigError
+from workerd.outbox import Outbox
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -161,7 +162,7 @@ def serve(sock: socket.socket, claims: Claims, attributes: object, settings: wor
                 os.close(fd)
                 _send(sock, Exited(slot, reap(pid)))
                 continue
-            data, fds, _, _ = socket.recv_fds(sock, 64, 2)
+            data, fds, _, _ = socket.recv_fds(sock, 64, 3)
             if not data:
                 os._exit(0)
             try:
@@ -202,7 +203,7 @@ def run_worker(
     attributes: object,
     settings: worker.Settings,
 ) -> None:
-    """Be a worker, in the forked child; never returns."""
+    """Be a worker, in the forked child; never returns. `fds`: its pipe, its output's, and its outbox's memory."""
     status = 1
     try:
         parent = os.getppid()
@@ -212,7 +213,7 @@ def run_worker(
         sock.close()
         for fd in siblings:
             os.close(fd)
-        pipe, output = fds
+        pipe, output, outbox = fds
         if settings.capture:
             os.dup2(output, 1)
             os.dup2(output, 2)
@@ -222,7 +223,9 @@ def run_worker(
             ):
                 file.write(str(OOM_SCORE))
         os.close(output)
-        worker.main(Connection(pipe), claims.slot(slot), attributes, settings)
+        shared = Outbox(outbox)
+        os.close(outbox)
+        worker.main(Connection(pipe), claims.slot(slot), shared, attributes, settings)
         status = 0
     except SystemExit as end:
         status = end.code if isinstance(end.code, int) else 1
