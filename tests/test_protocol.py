@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import workerd
+from workerd.answer import accepted
 from workerd.errors import Code
 from workerd.protocol import Batch, Dead, Framer, Plain, Problem, Retire, Single
 
@@ -162,6 +163,24 @@ def test_a_value_is_a_line_however_the_bytes_arrive(line: bytes, end: bytes, kin
     framer = Framer(max_line=100)
     pieces = [request for byte in line + end for request in framer.feed(bytes([byte]))]
     assert [type(request) for request in whole] == [type(request) for request in pieces] == kinds
+
+
+@given(st.integers(2**40, 2**50), st.integers(1, 9000), st.sampled_from([",", "\n"]))
+def test_acknowledgements_by_the_thousand_are_those_of_single_jobs(first: int, count: int, between: str) -> None:
+    """The text that is joined for a whole run of ids is the same as one line for each, wherever the run begins."""
+    lines = [f'{{"id":"p-{seq:x}","status":"accepted"}}' for seq in range(first, first + count)]
+    assert accepted("p-", first, count, between) == between.join(lines)
+
+
+def test_a_refused_line_among_plain_jobs(daemon: Daemon) -> None:
+    """Lines that say no more than a target are taken together, but one that is wrong is answered in its place."""
+    with daemon.connect() as client:
+        targets = ["echo", "add", "nobody", "echo"]
+        lines = client.pipeline([job(target, []) for target in targets] + [job("echo", 1, reply="result")])
+        assert [line.get("status") or line["error"]["code"] for line in lines] == [
+            "accepted", "accepted", "unknown_target", "accepted", "accepted",
+        ]  # fmt: skip
+        assert client.recv()["result"] == 1
 
 
 LINES = {

@@ -169,6 +169,35 @@ def test_an_urgent_job_enters_a_full_window() -> None:
     assert seqs(list(backlog.lines[0].jobs)) == [6]
 
 
+def test_urgent_jobs_are_kept_in_memory_and_the_less_urgent_give_way() -> None:
+    """A window full of unimportant jobs does not send the urgent ones through the spool; order and numbers hold."""
+    queue = quick(JobQueue(window=8))
+    queue.enter([make(seq) for seq in range(1, 9)])
+    queue.enter([make(seq, priority=5) for seq in range(9, 13)])
+    backlog = queue.backlog
+    assert seqs(list(backlog.lines[5].jobs)) == [9, 10, 11, 12]
+    line = backlog.lines[100]
+    assert (seqs(list(line.jobs)), line.cursor, line.stored) == ([1, 2, 3, 4], 4, 4)
+    assert seqs(backlog.spilled) == [5, 6, 7, 8]
+    assert backlog.ready_up_to(5) == 4
+    assert backlog.ready_up_to(100) is None
+
+
+def test_what_a_worker_gave_back_is_not_sent_to_the_spool_again() -> None:
+    """Another worker may hold a job of a later seq: were the cursor set before that one, it would be read twice."""
+    queue = quick(JobQueue(window=4))
+    queue.enter([make(seq) for seq in range(1, 5)])
+    first, second = Holder(), Holder()
+    queue.take(first, 2)
+    queue.take(second, 2)
+    queue.release(first)
+    queue.enter([make(seq) for seq in range(5, 7)])
+    queue.enter([make(seq, priority=5) for seq in range(7, 11)])
+    line = queue.backlog.lines[100]
+    assert seqs(list(line.jobs))[:2] == [1, 2]
+    assert line.cursor >= 4
+
+
 def test_a_job_scheduled_while_the_schedule_is_read_is_not_left_behind() -> None:
     """It is due before the last job that was read, and came after the reading: it must be in memory, or never runs."""
     backlog = Backlog(window=8)

@@ -75,6 +75,12 @@ class Targets:
         talk()
         for child in children: child.join()
         return "done"
+    def step(self, arguments):
+        path, what = arguments
+        if what == "kill": os.kill(os.getpid(), signal.SIGKILL)
+        if what == "sleep": time.sleep(600)
+        self.mark(path)
+        return what
     def grow(self, arguments): self.ballast = bytearray(arguments)
 """
 
@@ -107,6 +113,37 @@ def test_a_job_that_kills_its_workers_is_buried_and_nothing_else_suffers(
     listed = daemon.request({"command": "dead", "id": dead[0]["id"]})["result"]["jobs"]
     assert listed[0]["error"]["reason"] == "crashed"
     daemon.wait_until(lambda status: status["workers"]["idle"] == 2, "two workers again")
+
+
+def quick_steps(daemon: Daemon, path: Path, special: str) -> list[dict[str, object]]:
+    """Jobs that the daemon knows to be quick, so that they travel together, with one in the middle that is not so."""
+    for _ in range(3):
+        with daemon.connect() as client:
+            client.pipeline([job("step", [str(path) + "-before", "warm"])] * 100)
+        daemon.wait_until_done()
+    return [job("step", [str(path), special if n == 20 else n], reply="result", max_crashes=1) for n in range(40)]
+
+
+def test_results_outlive_the_worker_that_is_killed_before_it_sent_them(tmp_path: Path) -> None:
+    """Results travel by the batch. One of the jobs kills the worker: each of the others runs once, and its result
+    arrives once.
+    """
+    with Daemon(tmp_path, SOURCE, workers={"count": 1}) as daemon, daemon.connect() as client:
+        client.send(quick_steps(daemon, tmp_path / "marks", "kill"))
+        assert len(client.recv()) == 40
+        lines = [client.recv() for _ in range(40)]
+        assert [line["result"] for line in lines if line["status"] == "succeeded"] == [n for n in range(40) if n != 20]
+        assert [line["crashes"] for line in lines if line["status"] == "dead"] == [1]
+        assert (tmp_path / "marks").read_text() == "x" * 39
+
+
+def test_results_do_not_wait_for_a_slow_job_behind_them(tmp_path: Path) -> None:
+    """What has returned is told while the job after it takes its time, although the batch is not over."""
+    with Daemon(tmp_path, SOURCE, workers={"count": 1}) as daemon, daemon.connect() as client:
+        client.send(quick_steps(daemon, tmp_path / "marks", "sleep"))
+        assert len(client.recv()) == 40
+        assert [client.recv()["result"] for _ in range(20)] == list(range(20))
+        assert daemon.status()["jobs"]["running"] == 1
 
 
 @pytest.mark.parametrize("kind", ["exit", "interrupt", "base"])

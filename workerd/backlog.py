@@ -26,6 +26,7 @@ class Line(msgspec.Struct):
     jobs: deque[Job]
     cursor: int = 0  # every ready job up to this seq is in memory
     stored: int = 0  # how many are in the spool only
+    returned: int = 0  # the highest seq that a worker gave back
     loading: bool = False
 
 
@@ -61,7 +62,7 @@ class Backlog:
         options, now = jobs[0].options, jobs[0].submitted
         alike = [job.options for job in jobs].count(options) == [job.ready_at for job in jobs].count(now) == len(jobs)
         if alike:
-            self._append(self.line(options.priority), jobs)
+            self._append(options.priority, jobs)
             return
         lines: dict[int, list[Job]] = {}
         for job in jobs:
@@ -71,20 +72,21 @@ class Backlog:
             else:
                 lines.setdefault(job.options.priority, []).append(job)
         for priority, ready in lines.items():
-            self._append(self.line(priority), ready)
+            self._append(priority, ready)
 
-    def _append(self, line: Line, jobs: Sequence[Job]) -> None:
+    def _append(self, priority: int, jobs: Sequence[Job]) -> None:
         """Put jobs, in order of seq, at the end of a line; what there is no room for is behind its cursor."""
-        behind = bool(line.stored or self.frozen) and jobs[-1].seq > line.cursor
-        sizes = [len(job.arguments) for job in jobs]
-        if not behind and self.in_memory + len(jobs) <= self.window:
-            size = sum(sizes)
-            if self.bytes_in_memory + size <= self.window_bytes:
+        line = self.line(priority)
+        if not ((line.stored or self.frozen) and jobs[-1].seq > line.cursor):
+            count, size = len(jobs), sum([len(job.arguments) for job in jobs])
+            if not self._fits(count, size):
+                self._displace(priority)
+            if self._fits(count, size):
                 line.jobs.extend(jobs)
-                self.in_memory += len(jobs)
+                self.in_memory += count
                 self.bytes_in_memory += size
                 return
-        for job, size in zip(jobs, sizes, strict=True):
+        for job in jobs:
             if ((line.stored or self.frozen) and job.seq > line.cursor) or not self._has_room(line):
                 if not (line.stored or self.frozen):
                     line.cursor = job.seq - 1
@@ -92,8 +94,28 @@ class Backlog:
                 self.spilled.append(job)
             else:
                 line.jobs.append(job)
-                self.in_memory += 1
-                self.bytes_in_memory += size
+                self.count_in([job])
+
+    def _fits(self, count: int, size: int) -> bool:
+        return self.in_memory + count <= self.window and self.bytes_in_memory + size <= self.window_bytes
+
+    def _displace(self, priority: int) -> None:
+        """The less urgent give way: the second half of the last line that can goes back to the spool."""
+        for other, line in reversed(self.lines.items()):
+            if other <= priority:
+                return
+            # What is to be found behind the cursor again: it never was with a worker, so that no worker has a job
+            # of a later seq, and it is ready on the disk (see rows), which one that was ever delayed is not.
+            movable = [job.seq for job in line.jobs if job.ready_at <= job.submitted and job.seq > line.returned]
+            if line.loading or len(movable) < self.window / 16:
+                continue
+            line.cursor = movable[(len(movable) - 1) // 2]
+            moved = [job for job in line.jobs if job.ready_at <= job.submitted and job.seq > line.cursor]
+            line.jobs = deque(job for job in line.jobs if job.ready_at > job.submitted or job.seq <= line.cursor)
+            line.stored += len(moved)
+            self.spilled += moved
+            self.count_out(moved)
+            return
 
     def recover(self, ready: dict[int, int], scheduled: int) -> None:
         """Start on a spool that holds so many ready jobs of each priority, and so many scheduled ones."""
@@ -253,7 +275,9 @@ class Backlog:
         """Jobs that were taken, and not begun, return to the front of their lines, in order."""
         for job in reversed(jobs):
             job.become(State.READY)
-            self.line(job.options.priority).jobs.appendleft(job)
+            line = self.line(job.options.priority)
+            line.jobs.appendleft(job)
+            line.returned = max(line.returned, job.seq)
         self.count_in(jobs)
 
     def ready_count(self) -> int:
