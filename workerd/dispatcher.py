@@ -9,7 +9,7 @@ import time
 from typing import TYPE_CHECKING, Protocol
 
 from workerd.claims import STARTED
-from workerd.queue import BATCH_JOBS, BATCH_SECONDS
+from workerd.queue import BATCH_JOBS
 
 if TYPE_CHECKING:
     import asyncio
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 LOOK_AFTER = 0.005  # seconds after which a worker that was given several jobs is looked at
 SLOW = 0.003  # seconds after which a job that others were given with is slow
-OVERHEAD = 4e-6  # seconds that the daemon itself spends on a job
+OVERHEAD = 2e-6  # seconds that the daemon itself spends on a job
 LEEWAY = 0.001  # seconds that a quick job may take longer than expected
 LONGEST_PATIENCE = 0.1  # seconds; what is not expected to end within that is written at once
 CLOCK_CHECK = 60.0  # seconds after which a wait for a wall-clock time looks at the clock, which may have been set
@@ -86,7 +86,7 @@ class Dispatcher:
 
     def patience(self, priority: int) -> float:
         """Seconds in which the waiting jobs of this priority should all have ended; 0 when that is not soon."""
-        free = sum(process.holder.cost < BATCH_SECONDS for process in self._workers.working())
+        free = sum(not process.holder.slow for process in self._workers.working())
         ahead = self._queue.backlog.ready_up_to(priority)
         if not free or ahead is None:
             return 0.0

@@ -42,10 +42,14 @@ class Holder:
         self.batches: deque[Batch] = deque()
         self.position = 0  # of the last job given
         self.reported = 0  # position of the last job reported
-        self.cost = 0.0  # estimated seconds of work
 
     def __len__(self) -> int:
         return sum(len(batch.jobs) for batch in self.batches)
+
+    @property
+    def slow(self) -> bool:
+        """Whether it has a job that takes longer than a batch should, or may, since its target is not known yet."""
+        return bool(self.batches) and self.batches[0].cost >= BATCH_SECONDS
 
     def jobs(self) -> list[tuple[int, Job]]:
         """The jobs held, each with its position."""
@@ -103,7 +107,7 @@ class JobQueue:
         line = next((line for line in self.backlog.lines.values() if line.jobs), None)
         held = holder.batches
         # two quick batches at most, so that the worker has work while a report travels; nothing behind a slow job
-        if line is None or len(held) > 1 or (held and holder.cost >= BATCH_SECONDS):
+        if line is None or len(held) > 1 or holder.slow:
             return None
         jobs: list[Job] = []
         waiting = line.jobs
@@ -128,21 +132,19 @@ class JobQueue:
         batch = Batch(holder.position + 1, jobs, cost)
         holder.batches.append(batch)
         holder.position += len(jobs)
-        holder.cost += cost
         return batch
 
     def report(self, holder: Holder, first: int, count: int) -> list[Job]:
         """The worker has run `count` jobs from position `first` on; returns them. Settle each one next."""
         batches = holder.batches
         while batches and (not batches[0].jobs or batches[0].first + len(batches[0].jobs) <= first):
-            holder.cost -= batches.popleft().cost
+            batches.popleft()
         batch = batches[0]
         if first != batch.first:
             raise ValueError(f"worker reported position {first}, expected {batch.first}")
         if count == len(batch.jobs):
             jobs = batch.jobs
             batches.popleft()
-            holder.cost = holder.cost - batch.cost if batches else 0.0
         else:
             jobs = batch.jobs[:count]
             del batch.jobs[:count]
@@ -187,7 +189,6 @@ class JobQueue:
         for batch in holder.batches:
             kept = max(0, min(len(batch.jobs), keep + 1 - batch.first))
             if kept < len(batch.jobs):
-                holder.cost -= batch.cost * (1 - kept / len(batch.jobs))
                 batch.cost *= kept / len(batch.jobs)
                 released += batch.jobs[kept:]
                 del batch.jobs[kept:]
