@@ -46,7 +46,7 @@ class Pending(Protocol):
 class Entry:
     """Jobs that came together, and who waits for them to be safe."""
 
-    __slots__ = ("at", "ended", "jobs", "keyed", "pending", "priority")
+    __slots__ = ("at", "jobs", "keyed", "pending", "priority")
 
     def __init__(self, at: float, jobs: list[Job], keyed: list[Job], pending: Pending) -> None:
         self.at = at
@@ -54,15 +54,13 @@ class Entry:
         self.keyed = keyed
         self.pending = pending
         self.priority = max([job.options.priority for job in jobs], default=0)  # of the least urgent
-        self.ended = 0  # so many of `jobs`, from the first on, have succeeded: of a dead one a record is kept
 
     def over(self) -> bool:
-        """Whether there is nothing left to store."""
-        jobs, at = self.jobs, self.ended
-        while at < len(jobs) and jobs[at].state is State.SUCCEEDED:
-            at += 1
-        self.ended = at
-        return at == len(jobs) and not self.keyed
+        """Whether all of it has succeeded, so that there is nothing left to store: of a dead job a record is kept."""
+        jobs = self.jobs
+        if self.keyed or (jobs and jobs[-1].state is not State.SUCCEEDED):  # the last in, the last out, mostly
+            return False
+        return [job.state for job in jobs].count(State.SUCCEEDED) == len(jobs)
 
 
 class Writer:
