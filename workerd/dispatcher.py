@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from workerd.queue import JobQueue
     from workerd.settle import Observer
 
-LOOK_AFTER = 0.005  # seconds after which a worker that was given several jobs is looked at
-SLOW = 0.003  # seconds after which a job that others were given with is slow
+LOOK_AFTER = 0.002  # seconds after which a worker that was given several jobs is looked at
+SLOW = 0.0015  # seconds after which a job that others were given with is slow
 OVERHEAD = 2e-6  # seconds that the daemon itself spends on a job
 LEEWAY = 0.001  # seconds that a quick job may take longer than expected
 LONGEST_PATIENCE = 0.1  # seconds; what is not expected to end within that is written at once
