@@ -18,7 +18,20 @@ PACKAGE = ROOT / "workerd"
 # A module imports from lower layers only ...
 LAYERS: list[set[str]] = [
     {"errors", "job", "values"},
-    {"protocol", "config", "backlog", "queue", "claims", "frames", "log", "outbox", "output", "rows", "spoolfile"},
+    {
+        "alarm",
+        "protocol",
+        "config",
+        "backlog",
+        "queue",
+        "claims",
+        "frames",
+        "log",
+        "outbox",
+        "output",
+        "rows",
+        "spoolfile",
+    },
     {
         *("spool", "writer", "feeder", "metrics", "scrape", "notify"),
         *("worker", "zygote", "forkserver", "channel", "process", "generation", "settle", "dispatcher", "pool"),

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Protocol
 
+from workerd.alarm import Alarm
 from workerd.claims import STARTED
 from workerd.queue import BATCH_JOBS
 
@@ -51,15 +52,14 @@ class Dispatcher:
         self._loop = loop
         self._workers = workers
         self._look: asyncio.TimerHandle | None = None
-        self._due: asyncio.TimerHandle | None = None
-        self._due_at = 0.0  # uvloop's handles do not tell
+        self._due = Alarm(loop, self._wake)
 
     def stop(self) -> None:
         """Give out nothing more."""
         self.stopped = True
-        for timer in (self._look, self._due):
-            if timer is not None:
-                timer.cancel()
+        self._due.cancel()
+        if self._look is not None:
+            self._look.cancel()
 
     def dispatch(self) -> None:
         """Give ready jobs to workers that can take them."""
@@ -125,15 +125,8 @@ class Dispatcher:
         due = backlog.next_due()
         if due is None or due <= now:  # none; or due, but the window is full: each report asks again
             return
-        at = self._loop.time() + min(due - now, CLOCK_CHECK) + 0.001
-        if self._due is not None:
-            if self._due_at <= at:
-                return
-            self._due.cancel()
-        self._due_at = at
-        self._due = self._loop.call_at(at, self._wake)
+        self._due.within(min(due - now, CLOCK_CHECK) + 0.001)
 
     def _wake(self) -> None:
-        self._due = None
         self.dispatch()
         self._workers.observer.settled()

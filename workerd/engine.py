@@ -83,8 +83,9 @@ class Engine:
             jobs = self._plain_jobs(request.jobs, answer, now)
         else:
             jobs = self._make_jobs(request.jobs, answer, now)
+        if jobs:
+            self.enter(jobs)  # first, so that a worker is woken while the acknowledgement is on its way
         self.writer.add(jobs, answer.keyed, answer)
-        self.enter(jobs)
 
     def _plain_jobs(self, requests: list[protocol.PlainJob], answer: Answer, now: float) -> list[Job]:
         """The common case of `_make_jobs`, in which every line is a job and says no more than what to run."""

@@ -9,12 +9,14 @@ sooner than they could be written are left in peace for as long as that should t
 from __future__ import annotations
 
 import asyncio
-import contextlib
+import threading
 import time
 from collections import deque
-from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from functools import partial
+from queue import SimpleQueue
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
+from workerd.alarm import Alarm
 from workerd.errors import SpoolError
 from workerd.job import Job, State
 from workerd.spool import Changes, Committed
@@ -76,18 +78,20 @@ class Writer:
         self.failing: str | None = None
         self.changes = Changes()
         self.patience: Callable[[int], float] = lambda _priority: 0.0
+        self.on_defect: Callable[[], None] = lambda: None
         self._observe = observe
         self._closing = False
         self._entries: deque[Entry] = deque()
         self._calls: list[Callable[[], None]] = []
-        self._wake = asyncio.Event()
-        self._urgent = asyncio.Event()
-        self._timer: asyncio.TimerHandle | None = None
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="spool")
         self._loop = asyncio.get_running_loop()
-        self.on_defect: Callable[[], None] = lambda: None
-        self._task = self._loop.create_task(self._run())
-        self._task.add_done_callback(lambda task: self.on_defect() if task.exception() else None)
+        self._alarm = Alarm(self._loop, partial(self._guard, self._begin))
+        self._committing: asyncio.Future[None] | None = None  # done once the commit that is under way is
+        self._missed = False  # the alarm rang during that one
+        self._not_before = 0.0  # loop time: the disk refused, and is tried again then
+        # not an executor: its futures take as long as a quick disk
+        self._work: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self._thread = threading.Thread(target=self._serve, name="spool", daemon=True)
+        self._thread.start()
 
     def add(self, jobs: list[Job], keyed: list[Job], pending: Pending) -> None:
         """Make jobs safe; `pending` is told when they are. Those in `keyed` are not to be run before that."""
@@ -96,7 +100,7 @@ class Writer:
             return
         entry = Entry(self._loop.time(), jobs, keyed, pending)
         self._entries.append(entry)
-        self._wait(self._patience(entry))
+        self._alarm.within(self._patience(entry))
 
     def collect(self) -> None:
         """Jobs have ended: whoever waited for no others need wait no longer."""
@@ -106,55 +110,82 @@ class Writer:
             for entry in over:
                 entry.pending.committed(NOTHING)
 
-    def wake(self, *, urgent: bool = False) -> None:
-        """There is something to write; soon, or at once."""
-        self._wake.set()
-        if urgent:
-            self._urgent.set()
+    def wake(self) -> None:
+        """Something has ended, and nobody waits for it to be written: soon will do."""
+        self._alarm.within(LINGER)
 
     async def call(self, function: Callable[[Spool], T]) -> T:
         """Run something on the spool's thread, after all that has been handed in so far. Raises SpoolError."""
-        done: asyncio.Future[T] = self._loop.create_future()
+        future: asyncio.Future[T] = self._loop.create_future()
 
-        def run() -> None:
-            try:
-                result = function(self.spool)
-            except BaseException as error:
-                self._loop.call_soon_threadsafe(_set_exception, done, error)
+        def done(result: Any, error: BaseException | None) -> None:
+            if future.cancelled():
+                return
+            if error is None:
+                future.set_result(result)
             else:
-                self._loop.call_soon_threadsafe(_set_result, done, result)
+                future.set_exception(error)
 
-        self._calls.append(run)
-        self.wake(urgent=True)
-        return await done
+        self._calls.append(lambda: self._on_thread(partial(function, self.spool), done))
+        self._alarm.within(0)
+        return await future
 
-    def _wait(self, seconds: float) -> None:
-        """Look at the entries in so many seconds, if not sooner."""
-        if not seconds:
-            self.wake(urgent=True)
-        elif self._timer is None:
-            self._timer = self._loop.call_later(seconds, self._time_is_up)
+    # --- the thread ---------------------------------------------------------------------------------------
 
-    def _time_is_up(self) -> None:
-        self._timer = None
-        self.wake(urgent=True)
+    def _serve(self) -> None:
+        for work in iter(self._work.get, None):
+            work()
 
-    async def _run(self) -> None:
-        while not self._closing:
-            await self._wake.wait()
-            if not self._urgent.is_set():
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(LINGER):
-                        await self._urgent.wait()
-            self._wake.clear()
-            self._urgent.clear()
-            calls, self._calls = self._calls, []
-            ok = await self._commit(everything=bool(calls))
-            for call in calls:
-                await self._loop.run_in_executor(self._thread, call)
-            if not ok and not self._closing:
-                await asyncio.sleep(RETRY)
-                self.wake(urgent=True)
+    def _on_thread(self, function: Callable[[], Any], done: Callable[[Any, BaseException | None], None]) -> None:
+        """Run `function` there, then `done(result, error)` on the loop."""
+
+        def work() -> None:
+            result = error = None
+            try:
+                result = function()
+            except BaseException as caught:
+                error = caught
+            self._loop.call_soon_threadsafe(done, result, error)
+
+        self._work.put(work)
+
+    def _guard(self, step: Callable[..., None], *arguments: object) -> None:
+        try:
+            step(*arguments)
+        except Exception:
+            self.on_defect()  # no job could be acknowledged any more
+            raise
+
+    # --- commits ------------------------------------------------------------------------------------------
+
+    def _begin(self) -> None:
+        """Hand over what is due, then the calls; later if a commit is under way, or the disk refused just now."""
+        if self._committing is not None:
+            self._missed = True
+            return
+        if (wait := self._not_before - self._loop.time()) > 0 and not self._closing:
+            self._alarm.within(wait)
+            return
+        calls, self._calls = self._calls, []
+        self.collect()
+        entries = self._due(everything=bool(calls))
+        changes, self.changes = self.changes, Changes()
+        if self.durable:
+            changes.inserts += [job for entry in entries for job in entry.jobs if job.state not in ENDED]
+        changes.keyed += [job for entry in entries for job in entry.keyed]
+        for job in changes.inserts:
+            job.stored = True
+        for job in changes.keyed:
+            job.stored = True
+        if changes:
+            self._committing = self._loop.create_future()
+            ended = partial(self._guard, self._end, time.perf_counter(), entries, changes)
+            self._on_thread(partial(self.spool.commit, changes), ended)
+        else:
+            for entry in entries:
+                entry.pending.committed(NOTHING)
+        for call in calls:
+            call()
 
     def _due(self, *, everything: bool) -> list[Entry]:
         """The entries that must be written now: up to the last that is out of patience."""
@@ -164,40 +195,35 @@ class Writer:
         due = max((i for i, seconds in enumerate(left, 1) if hurried or seconds <= 0), default=0)
         taken = [self._entries.popleft() for _ in range(due)]
         if self._entries:
-            self._wait(max(0.001, left[due]))
+            self._alarm.within(max(0.001, left[due]))
         return taken
 
     def _patience(self, entry: Entry) -> float:
         return 0.0 if entry.keyed else self.patience(entry.priority)
 
-    async def _commit(self, *, everything: bool = False) -> bool:
-        self.collect()
-        entries = self._due(everything=everything)
-        changes, self.changes = self.changes, Changes()
-        if self.durable:
-            changes.inserts += [job for entry in entries for job in entry.jobs if job.state not in ENDED]
-        changes.keyed += [job for entry in entries for job in entry.keyed]
-        for job in changes.inserts:
-            job.stored = True
-        for job in changes.keyed:
-            job.stored = True
-        committed = NOTHING
-        if changes:
-            begin = time.perf_counter()
-            try:
-                committed = await self._loop.run_in_executor(self._thread, self.spool.commit, changes)
-            except SpoolError as error:
-                self.failing = str(error)
-                self._observe(time.perf_counter() - begin, error)
-                self._restore(changes)
-                for entry in entries:
-                    entry.pending.refused(error)
-                return False
-            self.failing = None
-            self._observe(time.perf_counter() - begin, None)
+    def _end(
+        self, began: float, entries: list[Entry], changes: Changes, committed: Committed, error: BaseException | None
+    ) -> None:
+        """The commit is over."""
+        assert self._committing is not None
+        self._committing.set_result(None)
+        self._committing = None
+        if error is not None and not isinstance(error, SpoolError):
+            raise error
+        self.failing = str(error) if error else None
+        self._observe(time.perf_counter() - began, error)
+        if error is not None:
+            self._not_before = self._loop.time() + RETRY
+            self._alarm.within(RETRY)
+            self._restore(changes)
         for entry in entries:
-            entry.pending.committed(committed)
-        return True
+            if error is not None:
+                entry.pending.refused(error)
+            else:
+                entry.pending.committed(committed)
+        if self._missed:
+            self._missed = False
+            self._begin()
 
     def _restore(self, changes: Changes) -> None:
         """New jobs are refused, but what became of stored ones must be written some day."""
@@ -215,20 +241,15 @@ class Writer:
     async def close(self) -> None:
         """Write what is left, then close the spool."""
         self._closing = True
-        self.wake(urgent=True)
-        await self._task
-        await self._commit()
-        if self._timer is not None:
-            self._timer.cancel()
-        await self._loop.run_in_executor(self._thread, self.spool.close)
-        self._thread.shutdown()
-
-
-def _set_result(future: asyncio.Future[T], result: T) -> None:
-    if not future.cancelled():
-        future.set_result(result)
-
-
-def _set_exception(future: asyncio.Future[T], error: BaseException) -> None:
-    if not future.cancelled():
-        future.set_exception(error)
+        for _ in range(2):  # the one that is under way, and all that came meanwhile
+            if self._committing is not None:
+                await self._committing
+            self._begin()
+        if self._committing is not None:
+            await self._committing
+        self._alarm.cancel()
+        closed: asyncio.Future[None] = self._loop.create_future()
+        self._on_thread(self.spool.close, lambda _result, _error: closed.set_result(None))
+        await closed
+        self._work.put(None)
+        self._thread.join()
