@@ -27,8 +27,9 @@ if TYPE_CHECKING:
 BACKLOG = 4096
 WRITE_HIGH = 4 * 2**20  # bytes of unread replies after which a connection is not read from
 WRITE_LIMIT = 64 * 2**20  # ... after which it is closed: results come without being asked for
-PENDING_BYTES = 2**20  # bytes of requests without a reply after which a connection is not read from
-TOTAL_PENDING = 64 * 2**20  # the same for all connections together
+READ_BYTES = 2**18  # bytes that are read from a connection at once
+PENDING_BYTES = 2**20  # bytes of requests without a reply, of all connections, after which there is no hurry to read
+LEAST_SHARE = 4096  # bytes that a connection which waits for no reply may then have taken, all the same
 
 
 class Reply:
@@ -56,7 +57,7 @@ class Reply:
             self.results.append(lines)
 
 
-class Connection(asyncio.Protocol):
+class Connection(asyncio.BufferedProtocol):
     """One client."""
 
     def __init__(self, feeder: Feeder) -> None:
@@ -85,8 +86,11 @@ class Connection(asyncio.Protocol):
         self._replies.clear()
         self._feeder.forget(self)
 
-    def data_received(self, data: bytes) -> None:
-        self._handle(self._framer.feed(data), len(data))
+    def get_buffer(self, _size: int) -> memoryview:
+        return self._feeder.buffer()
+
+    def buffer_updated(self, size: int) -> None:
+        self._handle(self._framer.feed(bytes(self._feeder.memory[:size])), size)
 
     def eof_received(self) -> bool:
         self._handle(self._framer.finish(), 0)
@@ -152,8 +156,7 @@ class Connection(asyncio.Protocol):
             self.close()
 
     def _throttle(self) -> None:
-        ahead = self._pending > PENDING_BYTES or (self._pending > 0 and self._feeder.pending > TOTAL_PENDING)
-        pause = self._full or ahead
+        pause = self._full or (self._pending > 0 and self._feeder.pending > PENDING_BYTES)
         if pause is not self._paused and self._transport is not None and not self._finished:
             self._paused = pause
             (self._transport.pause_reading if pause else self._transport.resume_reading)()
@@ -171,6 +174,7 @@ class Feeder:
         self.max_line = max_line
         self.max_connections = max_connections
         self.pending = 0  # bytes of requests without a reply, of all connections
+        self.memory = memoryview(bytearray(READ_BYTES))  # what is read from any connection is dealt with at once
         self._connections: set[Connection] = set()
         self._all_closed = asyncio.Event()
         self._server: asyncio.Server | None = None
@@ -182,6 +186,14 @@ class Feeder:
         self._socket = sock.dup()
         loop = asyncio.get_running_loop()
         self._server = await loop.create_unix_server(lambda: Connection(self), sock=self._socket, backlog=BACKLOG)
+
+    def buffer(self) -> memoryview:
+        """Where to read to. While much waits for its reply, each connection gets a small share: all of them together
+        must not fill the queue's memory, and none of them may be kept from a ping.
+        """
+        if self.pending <= PENDING_BYTES:
+            return self.memory
+        return self.memory[: max(LEAST_SHARE, PENDING_BYTES // (len(self._connections) or 1))]
 
     def admit(self, connection: Connection) -> bool:
         """Count a new connection in; False when there are too many."""

@@ -12,7 +12,7 @@ import asyncio
 import threading
 import time
 from collections import deque
-from functools import partial
+from functools import cache, partial
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -100,10 +100,10 @@ class Writer:
             return
         entry = Entry(self._loop.time(), jobs, keyed, pending)
         self._entries.append(entry)
-        self._alarm.within(self._patience(entry))
+        self._alarm.within(0.0 if keyed else self.patience(entry.priority))
 
     def collect(self) -> None:
-        """Jobs have ended: whoever waited for no others need wait no longer."""
+        """Jobs may have ended: whoever waited for no others need wait no longer."""
         if self._entries and (over := [entry for entry in self._entries if entry.over()]):
             gone = set(map(id, over))
             self._entries = deque(entry for entry in self._entries if id(entry) not in gone)
@@ -190,16 +190,14 @@ class Writer:
     def _due(self, *, everything: bool) -> list[Entry]:
         """The entries that must be written now: up to the last that is out of patience."""
         now = self._loop.time()
-        left = [entry.at + self._patience(entry) - now for entry in self._entries]
+        patience = cache(self.patience)
+        left = [entry.at + (0.0 if entry.keyed else patience(entry.priority)) - now for entry in self._entries]
         hurried = everything or self._closing
         due = max((i for i, seconds in enumerate(left, 1) if hurried or seconds <= 0), default=0)
         taken = [self._entries.popleft() for _ in range(due)]
         if self._entries:
             self._alarm.within(max(0.001, left[due]))
         return taken
-
-    def _patience(self, entry: Entry) -> float:
-        return 0.0 if entry.keyed else self.patience(entry.priority)
 
     def _end(
         self, began: float, entries: list[Entry], changes: Changes, committed: Committed, error: BaseException | None
