@@ -33,7 +33,7 @@ LAYERS: list[set[str]] = [
         "spoolfile",
     },
     {
-        *("spool", "writer", "feeder", "metrics", "scrape", "notify"),
+        *("spool", "writer", "feeder", "socketfile", "metrics", "scrape", "notify"),
         *("worker", "zygote", "forkserver", "channel", "process", "generation", "settle", "dispatcher", "pool"),
     },
     {"answer", "engine", "control", "recovery", "reporter", "daemon"},

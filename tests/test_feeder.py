@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import socket
@@ -10,7 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from daemon_process import Client, Daemon, job, wait_until
+import uvloop
+from daemon_process import TIMEOUT, Client, Daemon, job, wait_until
+
+from workerd import protocol
+from workerd.feeder import Feeder, Reply
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -196,3 +201,64 @@ def test_submissions_from_many_clients_at_once(daemon: Daemon) -> None:
         assert {line["status"] for line in lines} == {"accepted"}
     daemon.wait_until_done()
     assert daemon.status()["targets"]["noop"]["succeeded"] - before == 8000
+
+
+async def swarm(path: Path, clients: int, jobs: int) -> tuple[int, bool, list[int]]:
+    """Clients that all send at once, to a feeder that answers none of it until a ping has come through, then all.
+
+    Returns what was pending by then, whether the ping came, and how many lines each client got back.
+    """
+    waiting: list[tuple[Reply, int]] = []
+    all_read = asyncio.Event()  # each has had its turn
+    pinged = asyncio.Event()
+
+    def handle(request: protocol.Request, reply: Reply) -> None:
+        if isinstance(request, protocol.Plain):
+            reply.complete(b"pong\n")
+            pinged.set()
+            return
+        assert isinstance(request, protocol.Single)
+        waiting.append((reply, len(request.jobs)))
+        if len(waiting) == clients:
+            all_read.set()
+        if pinged.is_set():
+            answer()
+
+    def answer() -> None:
+        while waiting:
+            reply, count = waiting.pop()
+            reply.complete(b"\n" * count)
+
+    async def client(lines: bytes, count: int) -> int:
+        reader, writer = await asyncio.open_unix_connection(str(path))
+        writer.write(lines)
+        received = 0
+        while received < count and (data := await reader.read(2**16)):
+            received += data.count(b"\n")
+        writer.close()
+        return received
+
+    feeder = Feeder(max_line=2**20, max_connections=1024)
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.bind(str(path))
+        await feeder.listen(sock, handle)
+        senders = [asyncio.create_task(client(NOOP * jobs, jobs)) for _ in range(clients)]
+        await asyncio.wait_for(all_read.wait(), TIMEOUT)
+        ping = await asyncio.wait_for(client(b'{"command": "ping"}\n', 1), TIMEOUT)
+        pending = feeder.pending
+        answer()
+        received = await asyncio.wait_for(asyncio.gather(*senders), TIMEOUT)
+        await feeder.close()
+    return pending, bool(ping), received
+
+
+def test_many_clients_at_once_are_read_from_no_faster_than_they_are_answered(short_path: Path) -> None:
+    """However many send a megabyte each at the same time: what is taken in without an answer is bounded for all of
+    them together, a ping comes through, and in the end every line of every client is answered.
+    """
+    clients, jobs = 64, 50_000
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        pending, ping, received = runner.run(swarm(short_path / "jobs", clients, jobs))
+    assert pending < 20 * 2**20 < clients * jobs * len(NOOP)
+    assert ping
+    assert received == [jobs] * clients

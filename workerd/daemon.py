@@ -21,11 +21,12 @@ from workerd.claims import Claims
 from workerd.control import Control
 from workerd.engine import Engine
 from workerd.errors import ConfigError, Exit, SpoolError, WorkerdError
-from workerd.feeder import Feeder, SocketFile
+from workerd.feeder import Feeder
 from workerd.pool import Pool
 from workerd.queue import JobQueue
 from workerd.recovery import recover
 from workerd.reporter import Reporter
+from workerd.socketfile import SocketFile
 from workerd.spool import Spool
 from workerd.writer import Writer
 

@@ -9,27 +9,24 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import fcntl
-import grp
-import os
-import socket
-import stat
 from collections import deque
 from typing import TYPE_CHECKING, cast
 
 from workerd import protocol
-from workerd.errors import Code, ConfigError, WorkerdError
+from workerd.errors import Code
 
 if TYPE_CHECKING:
+    import socket
     from collections.abc import Callable
-    from pathlib import Path
 
 BACKLOG = 4096
 WRITE_HIGH = 4 * 2**20  # bytes of unread replies after which a connection is not read from
 WRITE_LIMIT = 64 * 2**20  # ... after which it is closed: results come without being asked for
 READ_BYTES = 2**18  # bytes that are read from a connection at once
-PENDING_BYTES = 2**20  # bytes of requests without a reply, of all connections, after which there is no hurry to read
-LEAST_SHARE = 4096  # bytes that a connection which waits for no reply may then have taken, all the same
+JOB_BYTES = 64  # what a job costs beyond its line, more or less: a line may be very short
+PENDING_BYTES = 2 * 2**20  # of requests without a reply, of all connections, after which there is no hurry to read
+SHARES = 2**20  # bytes that all connections which wait for no reply may then have taken, all the same ...
+LEAST_SHARE = 4096  # ... and each of them
 
 
 class Reply:
@@ -39,7 +36,7 @@ class Reply:
 
     def __init__(self, connection: Connection, size: int) -> None:
         self.connection = connection
-        self.size = size  # bytes of the requests
+        self.size = size  # bytes that the requests cost, more or less
         self.data: bytes | None = None
         self.sent = False
         self.results: list[bytes] = []
@@ -108,6 +105,8 @@ class Connection(asyncio.BufferedProtocol):
 
     def _handle(self, requests: list[protocol.Request], size: int) -> None:
         for request in requests:
+            if isinstance(request, protocol.Single | protocol.Batch):
+                size += JOB_BYTES * len(request.jobs)
             reply = Reply(self, size)
             self._pending += size
             self._feeder.pending += size
@@ -173,7 +172,7 @@ class Feeder:
         self.handle: Callable[[protocol.Request, Reply], None]
         self.max_line = max_line
         self.max_connections = max_connections
-        self.pending = 0  # bytes of requests without a reply, of all connections
+        self.pending = 0  # bytes that requests without a reply cost, of all connections
         self.memory = memoryview(bytearray(READ_BYTES))  # what is read from any connection is dealt with at once
         self._connections: set[Connection] = set()
         self._all_closed = asyncio.Event()
@@ -193,7 +192,7 @@ class Feeder:
         """
         if self.pending <= PENDING_BYTES:
             return self.memory
-        return self.memory[: max(LEAST_SHARE, PENDING_BYTES // (len(self._connections) or 1))]
+        return self.memory[: max(LEAST_SHARE, SHARES // (len(self._connections) or 1))]
 
     def admit(self, connection: Connection) -> bool:
         """Count a new connection in; False when there are too many."""
@@ -223,82 +222,3 @@ class Feeder:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(1):
                     await self._all_closed.wait()
-
-
-# --- the socket file --------------------------------------------------------------------------------------
-
-
-class SocketFile:
-    """A socket bound by us, and its lock, so that two daemons cannot take turns in unlinking each other's."""
-
-    def __init__(self, path: Path, mode: int, group: str) -> None:
-        """Bind `path`, replacing a socket that nobody listens on. Raises ConfigError or WorkerdError."""
-        self.path = path
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._lock = os.open(f"{path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        except OSError as error:
-            raise _unusable(path, error) from None
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self._remove_stale()
-            self.socket = self._bind(mode, group)
-        except BlockingIOError:
-            os.close(self._lock)
-            raise WorkerdError(f"{path}: another workerd listens there; stop it first") from None
-        except OSError as error:
-            os.close(self._lock)
-            raise _unusable(path, error) from None
-        except BaseException:
-            os.close(self._lock)
-            raise
-        self._inode = path.lstat().st_ino
-
-    def _remove_stale(self) -> None:
-        try:
-            found = self.path.lstat()
-        except FileNotFoundError:
-            return
-        if not stat.S_ISSOCK(found.st_mode):
-            raise ConfigError(f"[feeder] socket: {self.path} exists and is not a socket; move it away")
-        with socket.socket(socket.AF_UNIX) as probe:
-            try:
-                probe.connect(str(self.path))
-            except ConnectionRefusedError:
-                self.path.unlink()
-                return
-        raise WorkerdError(f"{self.path}: another process listens there; stop it first")
-
-    def _bind(self, mode: int, group: str) -> socket.socket:
-        gid = -1
-        if group:
-            try:
-                gid = grp.getgrnam(group).gr_gid
-            except KeyError:
-                raise ConfigError(f"[feeder] group: there is no group {group!r} on this host") from None
-        sock = socket.socket(socket.AF_UNIX)
-        before = os.umask(0o777)  # nobody may connect until owner and mode are right
-        try:
-            sock.bind(str(self.path))
-        except BaseException:
-            sock.close()
-            raise
-        finally:
-            os.umask(before)
-        if gid >= 0:
-            os.chown(self.path, -1, gid)
-        self.path.chmod(mode)
-        return sock
-
-    def close(self) -> None:
-        """Close, and unlink the file if it is still ours."""
-        self.socket.close()
-        with contextlib.suppress(FileNotFoundError):
-            if self.path.lstat().st_ino == self._inode:
-                self.path.unlink()
-        os.close(self._lock)
-
-
-def _unusable(path: Path, error: OSError) -> ConfigError:
-    remedy = "choose a folder that this user may write to, or let systemd pass the socket"
-    return ConfigError(f"[feeder] socket: cannot listen on {path}: {error.strerror}; {remedy}")
