@@ -1,79 +1,142 @@
-"""What a backlog costs: memory and disk of so many queued jobs, and how soon a restart on top of them is ready.
+"""What a long queue does to the daemon: to the jobs that come after it, to its memory, to the disk.
 
-    .venv-test/bin/python tests/benchmarks/backlog.py [--jobs N] [--rounds N]
-
-The workers are busy all the while, so that every job is stored. The start is measured from the call to READY=1,
-Python's own start included.
+Two workers are held while the backlog is queued behind them, in jobs of a lower urgency, so that every one is stored.
+At each size, with that backlog waiting: jobs per second of new jobs of the usual priority, from the first byte sent, as
+the workers are let go, until the last of them is done; in turns with a daemon of which the same is asked, without other
+jobs. What the workers take of the backlog meanwhile is queued again. In the end all of it runs, as fast as it does.
 """
 
 from __future__ import annotations
 
-import argparse
-import signal
-import statistics
-import sys
+import itertools
 import tempfile
-import threading
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
+import load
+from measure import resident_memory
+from results import Results
+from section import Section, Target
 
-from daemon_process import Daemon, job  # noqa: E402 - found by way of the line above
-from throughput import machine  # noqa: E402 - likewise
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
-SOURCE = "import time\nclass Targets:\n    def noop(self, arguments): pass\n    def sleep(self, a): time.sleep(a)\n"
-LINE = b'{"target": "noop", "arguments": {"key": "value"}}\n'
+    from daemon_process import Daemon
+    from options import Options
+
+LINE = b'{"target": "later", "arguments": {"key": "value"}, "priority": 200}\n'
+SIZES = (0, 100_000, 1_000_000, 5_000_000)
+QUICK_SIZES = (0, 10_000, 50_000, 200_000)
+SYSTEM = "workerd, durable"
+ALONE = "workerd, durable, no other jobs"
+LONGEST = 600.0  # seconds that the whole backlog may take
 
 
-def fill(daemon: Daemon, jobs: int) -> float:
-    """Queue the jobs behind two that sleep; accepted jobs per second."""
-    with daemon.connect() as client:
-        client.batch([job("sleep", 3600, priority=0)] * 2)
-        daemon.wait_until(lambda status: status["jobs"]["running"] == 2)
-        sender = threading.Thread(target=client.socket.sendall, args=(LINE * jobs,))
+class Backlog:
+    """A daemon whose workers are held, and the jobs that wait behind them."""
+
+    def __init__(self, daemon: Daemon, folder: Path) -> None:
+        self.daemon = daemon
+        self._releases: Iterator[Path] = (folder / f"release-{n}" for n in itertools.count())
+        self._release = next(self._releases)
+
+    def warm_up(self, jobs: int) -> None:
+        """A daemon's first jobs are dearer: it gets to know their targets."""
+        load.throughput(self.daemon, jobs)
+        load.pump(self.daemon.socket, LINE, jobs // 4)
+        self.daemon.wait_until_done()
+
+    def hold(self) -> None:
+        """Keep the workers from it."""
+        load.hold(self.daemon, self._release)
+
+    def release(self) -> None:
+        """Let the workers go on."""
+        self._release.touch()
+        self._release = next(self._releases)
+
+    @property
+    def size(self) -> int:
+        return int(self.daemon.status()["jobs"]["ready"])
+
+    def fill(self, size: int) -> float:
+        """Queue what is missing; accepted jobs per second."""
+        missing = size - self.size
+        return missing / load.pump(self.daemon.socket, LINE, missing)
+
+    def throughput_beside(self, jobs: int) -> tuple[float, int]:
+        """Jobs per second of others that are more urgent, and how many of the backlog ran meanwhile.
+
+        The backlog is then as it was.
+        """
+        size = self.size
+        self.release()
+        rate = load.throughput(self.daemon, jobs)
+        self.hold()
+        taken = size - self.size
+        if taken:
+            self.fill(size)
+        return rate, taken
+
+    def drain(self) -> float:
+        """Run all of it; jobs per second."""
+        size = self.size
         began = time.perf_counter()
-        sender.start()
-        replies = 0
-        while replies < jobs:
-            replies += client.socket.recv(2**20).count(b"\n")
-        sender.join()
-        return jobs / (time.perf_counter() - began)
+        self.release()
+        self.daemon.wait_until(lambda status: not status["jobs"]["ready"], "the backlog run", LONGEST)
+        return size / (time.perf_counter() - began)
+
+    def disk(self) -> int:
+        """Bytes of the spool's files."""
+        return sum(path.stat().st_blocks * 512 for path in self.daemon.folder.glob("spool.db*"))
 
 
-def memory(pid: int) -> dict[str, float]:
-    """Resident memory, now and at its peak, in MiB."""
-    lines = (line.split() for line in Path(f"/proc/{pid}/status").read_text().splitlines())
-    return {line[0]: int(line[1]) / 1024 for line in lines if line[0] in {"VmRSS:", "VmHWM:"}}
-
-
-def timed_start(daemon: Daemon) -> float:
-    """Seconds until READY=1."""
-    began = time.perf_counter()
-    daemon.start()
-    return time.perf_counter() - began
-
-
-def main() -> None:
-    """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--jobs", type=int, default=1_000_000)
-    parser.add_argument("--rounds", type=int, default=5, help="restarts")
-    options = parser.parse_args()
-    print(machine())
-    with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder, Daemon(Path(folder), SOURCE, start=False) as daemon:
-        print(f"start, empty spool: {timed_start(daemon):.2f} s")
-        print(f"accepted: {fill(daemon, options.jobs):,.0f} jobs/s, each fsynced before its acknowledgement")
-        used = memory(daemon.pid)
-        print(f"resident memory with {options.jobs:,} queued: {used['VmRSS:']:.0f} MiB, peak {used['VmHWM:']:.0f} MiB")
-        print(f"spool: {daemon.status()['spool']['bytes'] / options.jobs:.0f} bytes a job")
-        starts = []
-        for _ in range(options.rounds):
-            daemon.kill(signal.SIGKILL)
-            starts.append(timed_start(daemon))
-        spread = f"min {min(starts):.2f}, max {max(starts):.2f}"
-        print(f"start after kill -9, with {options.jobs:,} queued: median {statistics.median(starts):.2f} s ({spread})")
-
-
-if __name__ == "__main__":
-    main()
+def measure(options: Options) -> Section:
+    """See the module."""
+    sizes, jobs = (QUICK_SIZES, 20_000) if options.quick else (SIZES, 200_000)
+    edge = sizes[1]  # so many jobs at the beginning and at the end of the filling are compared
+    results = Results()
+    fills = []
+    with (
+        load.Stamps(1) as stamps,
+        load.daemon(options.folder, stamps) as empty,
+        load.daemon(options.folder, stamps) as daemon,
+    ):
+        backlog, nothing = (Backlog(of, Path(tempfile.mkdtemp(dir=options.folder))) for of in (daemon, empty))
+        for each in (backlog, nothing):
+            each.warm_up(jobs)
+            each.hold()
+        for size in sizes:
+            if size:
+                fills = [backlog.fill(size - edge)] if size > edge else []
+                fills.append(backlog.fill(size))
+                results.add(SYSTEM, f"accepted while the backlog grows to {size:,}", "jobs/s", fills[0])
+                results.add(SYSTEM, f"resident memory with {size:,}", "B", resident_memory(daemon.pid))
+                results.add(SYSTEM, f"disk of a job with {size:,}", "B", backlog.disk() / size)
+            if size == edge:
+                first = fills[-1]
+            for _ in range(options.rounds):
+                alone, _ = nothing.throughput_beside(jobs)
+                rate, taken = backlog.throughput_beside(jobs)
+                results.add(ALONE, f"in turns with {size:,}", "jobs/s", alone)
+                results.add(SYSTEM, f"beside {size:,}", "jobs/s", rate)
+                if size:
+                    results.add(SYSTEM, f"of {size:,}, run meanwhile for each new job", "", taken / jobs)
+        results.add(SYSTEM, f"filling, the last {edge:,} by the first", "", fills[-1] / first)
+        results.add(SYSTEM, f"running a backlog of {sizes[-1]:,}", "jobs/s", backlog.drain())
+        results.add(SYSTEM, f"resident memory after {sizes[-1]:,}", "B", resident_memory(daemon.pid))
+    largest = f"{sizes[-1]:,}"
+    ratios = results.ratios((SYSTEM, f"beside {largest}"), (ALONE, f"in turns with {largest}"))
+    memory = results.of(SYSTEM, f"resident memory with {largest}")
+    return Section(
+        "backlog",
+        "Throughput against backlog",
+        f"{jobs:,} new jobs with an empty body from one client that pipelines, two workers, while so many of a lower "
+        "urgency wait; in turns with a daemon that has no others.",
+        results.figures(),
+        [
+            Target(f"rate beside {largest} queued, by that of an empty daemon", ratios, 0.8, True),
+            Target(f"resident memory with {largest} queued", memory, 250 * 2**20, False, "B"),
+        ],
+    )
