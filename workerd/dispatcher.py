@@ -19,8 +19,9 @@ if TYPE_CHECKING:
     from workerd.queue import JobQueue
     from workerd.settle import Observer
 
-LOOK_AFTER = 0.002  # seconds after which a worker that was given several jobs is looked at
-SLOW = 0.0015  # seconds after which a job that others were given with is slow
+LOOK_SOON = 0.001  # seconds after which a worker that was given several jobs is looked at, while another is idle
+LOOK_LATER = 0.005  # ... while none is
+SLOW = 0.001  # seconds after which a job that others were given with is slow
 OVERHEAD = 2e-6  # seconds that the daemon itself spends on a job
 LEEWAY = 0.001  # seconds that a quick job may take longer than expected
 LONGEST_PATIENCE = 0.1  # seconds; what is not expected to end within that is written at once
@@ -51,15 +52,14 @@ class Dispatcher:
         self._queue = queue
         self._loop = loop
         self._workers = workers
-        self._look: asyncio.TimerHandle | None = None
+        self._look = Alarm(loop, self._look_at_all)
         self._due = Alarm(loop, self._wake)
 
     def stop(self) -> None:
         """Give out nothing more."""
         self.stopped = True
         self._due.cancel()
-        if self._look is not None:
-            self._look.cancel()
+        self._look.cancel()
 
     def dispatch(self) -> None:
         """Give ready jobs to workers that can take them."""
@@ -94,12 +94,12 @@ class Dispatcher:
         return LEEWAY + 2 * expected if expected < LONGEST_PATIENCE else 0.0
 
     def _look_later(self, working: list[WorkerProcess]) -> None:
-        if self._look is None and any(process.holder.batches for process in working):
-            self._look = self._loop.call_later(LOOK_AFTER, self._look_at_all)
+        if any(process.holder.several for process in working):
+            idle = any(not process.holder.batches for process in working)
+            self._look.within(LOOK_SOON if idle else LOOK_LATER)
 
     def _look_at_all(self) -> None:
         """Where a job turns out to be slow, the jobs before it are settled, and those behind it given to the idle."""
-        self._look = None
         again = False
         for process in self._workers.working():
             running = process.running()

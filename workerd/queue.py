@@ -47,6 +47,11 @@ class Holder:
         return sum(len(batch.jobs) for batch in self.batches)
 
     @property
+    def several(self) -> bool:
+        """Whether a job waits behind another."""
+        return len(self.batches) > 1 or (bool(self.batches) and len(self.batches[0].jobs) > 1)
+
+    @property
     def slow(self) -> bool:
         """Whether it has a job that takes longer than a batch should, or may, since its target is not known yet."""
         return bool(self.batches) and self.batches[0].cost >= BATCH_SECONDS
