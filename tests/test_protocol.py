@@ -165,10 +165,10 @@ def test_a_value_is_a_line_however_the_bytes_arrive(line: bytes, end: bytes, kin
     assert [type(request) for request in whole] == [type(request) for request in pieces] == kinds
 
 
-@given(st.integers(2**40, 2**50), st.integers(1, 9000), st.sampled_from([",", "\n"]))
-def test_acknowledgements_by_the_thousand_are_those_of_single_jobs(first: int, count: int, between: str) -> None:
+@given(st.integers(2**40, 2**50), st.integers(1, 9000), st.sampled_from([b",", b"\n"]))
+def test_acknowledgements_by_the_thousand_are_those_of_single_jobs(first: int, count: int, between: bytes) -> None:
     """The text that is joined for a whole run of ids is the same as one line for each, wherever the run begins."""
-    lines = [f'{{"id":"p-{seq:x}","status":"accepted"}}' for seq in range(first, first + count)]
+    lines = [b'{"id":"p-%x","status":"accepted"}' % seq for seq in range(first, first + count)]
     assert accepted("p-", first, count, between) == between.join(lines)
 
 

@@ -29,23 +29,25 @@ class Intake(Protocol):
         """Queue jobs that are accepted."""
 
 
-HEX = [f"{number:03x}" for number in range(4096)]
+HEX = [b"%03x" % number for number in range(4096)]
 
 
-def accepted(prefix: str, first: int, count: int, between: str) -> str:
+def accepted(prefix: str, first: int, count: int, between: bytes) -> bytes:
     """The acknowledgements of `count` jobs without ids of their own, with seqs from `first` on.
 
     Such ids differ in their last digits only, so that thousands of them are one join; seqs have more than those.
     """
     runs = []
+    tail = b'","status":"accepted"}'
     while count:
         high, low = divmod(first, len(HEX))
-        head = f'{{"id":"{prefix}{high:x}'
-        tail = '","status":"accepted"}'
+        head = b'{"id":"%b%x' % (prefix.encode(), high)
         numbers = HEX[low : low + count]
-        runs.append(f"{head}{f'{tail}{between}{head}'.join(numbers)}{tail}")
         first += len(numbers)
         count -= len(numbers)
+        numbers[0] = head + numbers[0]
+        numbers[-1] += tail
+        runs.append((tail + between + head).join(numbers))
     return between.join(runs)
 
 
@@ -91,24 +93,24 @@ class Answer:
 
     def accept(self, new: frozenset[int] | set[int]) -> None:
         """Send the acknowledgements; a job with a client's id that is not in `new` is a duplicate."""
-        between = "," if self.batch else "\n"
+        between = b"," if self.batch else b"\n"
         if self.keyed or self.refusals:
-            text = between.join([self._line(entry, new) for entry in self.entries])
+            data = between.join([self._line(entry, new) for entry in self.entries])
             jobs = [entry for entry in self.entries if isinstance(entry, Job)]
             self._count([job for job in jobs if job.key is None or job.seq in new])
         else:
             jobs = cast("list[Job]", self.entries)
-            text = accepted(self.engine.prefix, jobs[0].seq, len(jobs), between)
+            data = accepted(self.engine.prefix, jobs[0].seq, len(jobs), between)
             self._count(jobs)
-        self.reply.complete((f"[{text}]\n" if self.batch else f"{text}\n").encode())
+        self.reply.complete(b"[%b]\n" % data if self.batch else data + b"\n")
 
-    def _line(self, entry: Job | bytes, new: frozenset[int] | set[int]) -> str:
+    def _line(self, entry: Job | bytes, new: frozenset[int] | set[int]) -> bytes:
         if isinstance(entry, bytes):
-            return entry.decode().rstrip()
+            return entry.rstrip()
         if entry.key is None:
-            return f'{{"id":"{self.engine.prefix}{entry.seq:x}","status":"accepted"}}'
+            return accepted(self.engine.prefix, entry.seq, 1, b"")
         status = "accepted" if entry.seq in new else "duplicate"
-        return f'{{"id":{protocol.quoted(entry.key)},"status":"{status}"}}'
+        return f'{{"id":{protocol.quoted(entry.key)},"status":"{status}"}}'.encode()
 
     def _count(self, jobs: list[Job]) -> None:
         targets = [job.target for job in jobs]
@@ -136,7 +138,7 @@ class Answer:
         lines = [
             protocol.refusal(Code.SPOOL_FAILED, message, entry.key)
             if not isinstance(entry, bytes) and entry.seq in gone
-            else f"{self._line(entry, frozenset())}\n".encode()
+            else self._line(entry, frozenset()) + b"\n"
             for entry in self.entries
         ]
         self.reply.complete(b"".join(lines))

@@ -92,13 +92,14 @@ class Engine:
         targets = self.targets
         jobs: list[Job] = []
         seq = self.next_seq
-        for request in requests:
-            if request.target not in targets:
-                return self._make_jobs([request.in_full() for request in requests], answer, now)
-            name, options = targets[request.target]
-            # in a sum, because bytes(...) takes twice as long
-            jobs.append(Job(seq, name, b"" + request.arguments, options, now, now))
-            seq += 1
+        try:
+            for request in requests:
+                name, options = targets[request.target]
+                # in a sum, because bytes(...) takes twice as long
+                jobs.append(Job(seq, name, b"" + request.arguments, options, now, now))
+                seq += 1
+        except KeyError:
+            return self._make_jobs([request.in_full() for request in requests], answer, now)
         wanted = [request.reply for request in requests].count("result")
         if wanted:
             answer.reply.connection.await_result(wanted)
@@ -148,14 +149,15 @@ class Engine:
     def succeeded(self, target: str, jobs: list[Job], durations: list[int], started: int) -> None:
         now = time.time()
         first = now - (time.monotonic_ns() - started) * 1e-9
-        begins = accumulate([duration * 1e-9 for duration in durations], initial=first)
         if log.isEnabledFor(logging.DEBUG):
             for job, duration in zip(jobs, durations, strict=True):
                 about = {"job": self.job_id(job.seq, job.key), "target": target, "event": "job_succeeded"}
                 log.debug("succeeded in %.6f s", duration / 1e9, extra=about)
         self.metrics.finished(target, "succeeded", len(jobs))
         self.metrics.durations(target, durations)
-        self.metrics.waits(target, [begin - job.ready_at for begin, job in zip(begins, jobs, strict=False)])
+        begun = accumulate(durations, initial=0)
+        waits = [first + after * 1e-9 - job.ready_at for after, job in zip(begun, jobs, strict=False)]
+        self.metrics.waits(target, waits)
         if stored := [job for job in jobs if job.stored]:  # those with a client's id always are
             changes = self.writer.changes
             changes.deletes += [job.seq for job in stored if job.key is None]

@@ -64,13 +64,19 @@ class Histogram:
         self._sum: float = 0
 
     def observe(self, values: list[int] | list[float]) -> None:
-        """Count all values of the list at once. Values mostly fall in one bucket together: that is the quick way."""
+        """Count all values of the list at once; below 0, where the clock was set back, they count as 0.
+
+        They mostly fall in one bucket together: that is the quick way.
+        """
         if not values:
             return
         bounds, counts = self._bounds, self._counts
+        least, most = min(values), max(values)
+        if least < 0:
+            values = [max(0, value) for value in values]
         self._sum += sum(values)
-        first = bisect_left(bounds, min(values))
-        if first == bisect_left(bounds, max(values)):
+        first = bisect_left(bounds, least)
+        if first == bisect_left(bounds, most):
             counts[first] += len(values)
             return
         ordered = sorted(values)
@@ -140,9 +146,7 @@ class Metrics(Collector):
         self._targets.get(target, self._unknown).durations.observe(nanoseconds)
 
     def waits(self, target: str, seconds: list[float]) -> None:
-        """How long each job was ready before it ran; below 0 where the clock was set back, which counts as 0."""
-        if seconds and min(seconds) < 0:
-            seconds = [max(0.0, value) for value in seconds]
+        """How long each job was ready before it ran."""
         self._targets.get(target, self._unknown).waits.observe(seconds)
 
     def rejected(self, code: Code, n: int) -> None:
