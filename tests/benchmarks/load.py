@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 LINE = b'{"target": "noop", "arguments": {"key": "value"}}\n'
 BLOCK = 8192  # lines that are built once, and sent again and again
+BLOCK_BYTES = 2**23  # ... but no more bytes than these
 PIECE = 2**18  # bytes; more than the kernel takes at once
 BURST = 0.002  # seconds between the bursts of `offering`
 LOOK = 0.002  # seconds between looks at whether all is done
@@ -70,13 +71,13 @@ def daemon(
     return found
 
 
-def pump(path: Path, line: bytes, jobs: int, clients: int = 1) -> float:
-    """Send the job so many times, divided between the clients, all at once; each pipelines.
+def pump(path: Path, line: bytes, jobs: int, clients: int = 1, replies: int = 1) -> float:
+    """Send the job so many times, divided between the clients, all at once; each pipelines. `replies`: lines for each.
 
     Seconds from the first byte sent until the last reply, the connections being there already.
     """
-    block = memoryview(line * min(jobs, BLOCK))
-    replies = jobs
+    block = memoryview(line * min(jobs, BLOCK, max(1, BLOCK_BYTES // len(line))))
+    replies *= jobs
     with contextlib.ExitStack() as stack:
         poll = stack.enter_context(select.epoll())
         sockets = {}
@@ -108,7 +109,7 @@ def pump(path: Path, line: bytes, jobs: int, clients: int = 1) -> float:
         return time.perf_counter() - began
 
 
-def throughput(daemon: Daemon, jobs: int, clients: int = 1) -> float:
+def throughput(daemon: Daemon, jobs: int, clients: int = 1, *, line: bytes = LINE, replies: int = 1) -> float:
     """Jobs per second with an empty body: from the first byte sent until the last has succeeded, by the status."""
     with Client(daemon.socket) as client:
 
@@ -117,7 +118,7 @@ def throughput(daemon: Daemon, jobs: int, clients: int = 1) -> float:
 
         before = succeeded()
         began = time.perf_counter()
-        pump(daemon.socket, LINE, jobs, clients)
+        pump(daemon.socket, line, jobs, clients, replies)
         acknowledged = time.perf_counter()
         while succeeded() - before < jobs:
             time.sleep(LOOK)

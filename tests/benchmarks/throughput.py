@@ -1,132 +1,92 @@
-"""How many jobs with an empty body a second: workerd, durable and in memory, beside a bare multiprocessing.Queue.
+"""Jobs per second of workerd and of its peers, in turns.
 
-    .venv-test/bin/python tests/benchmarks/throughput.py [--jobs N] [--rounds N]
-
-Two workers, one client that pipelines, everything as shipped. The systems take turns in one run, and what
-counts are the ratios: times on a shared machine wander. Measured from the first byte sent until the last job is done.
+In each round every system is started, warmed up, measured, and stopped again, so that none has to bear the idle
+load of the others. A run is from the first submit until the last job is done; the jobs do nothing.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import multiprocessing
-import platform
-import select
-import socket
-import statistics
+import itertools
 import sys
-import tempfile
-import time
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
-
-from daemon_process import Daemon, wait_until  # noqa: E402 - found by way of the line above
+from peers import beanstalkd, celery_, dramatiq_, huey_, in_process, nats_, redis_, rq_, taskiq_, workerd_
+from peers.system import WORKERS, System
+from results import Results
+from section import Section, Target
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Iterator
+    from pathlib import Path
 
-SOURCE = "class Targets:\n    def noop(self, arguments): pass\n"
-JOB = {"target": "noop", "arguments": {"key": "value"}}
-WORKERS = 2
+    from options import Options
 
+SECONDS = 1.0  # of a run, more or less
+QUICK_SECONDS = 0.1
+PAYLOADS: dict[str, Any] = {"empty": {"key": "value"}, "1 kB": "x" * 1000, "100 kB": "x" * 100_000}
 
-class Targets:
-    """What the bare queue's workers run."""
-
-    def noop(self, arguments: object) -> None:
-        pass
-
-
-def serve_queue(queue: multiprocessing.Queue[dict[str, str] | None]) -> None:
-    """The seed's way: every worker reads one shared queue."""
-    targets = Targets()
-    while (job := queue.get()) is not None:
-        getattr(targets, str(job["target"]))(job["arguments"])
-
-
-def bare_queue(jobs: int) -> float:
-    """Jobs per second through one multiprocessing.Queue; nothing is durable, acknowledged or counted."""
-    context = multiprocessing.get_context("fork")
-    queue = context.Queue()
-    workers = [context.Process(target=serve_queue, args=(queue,)) for _ in range(WORKERS)]
-    for worker in workers:
-        worker.start()
-    began = time.perf_counter()
-    for _ in range(jobs):
-        queue.put(JOB)
-    for _ in workers:
-        queue.put(None)
-    for worker in workers:
-        worker.join()
-    return jobs / (time.perf_counter() - began)
+BASE = in_process.BareQueue
+DURABLE, IN_MEMORY, RESULTS = workerd_.Durable, workerd_.InMemory, workerd_.DurableResults
+SYSTEMS: list[type[System]] = [
+    BASE,
+    in_process.BareSimpleQueue,
+    in_process.Pool,
+    in_process.Executor,
+    DURABLE,
+    IN_MEMORY,
+    RESULTS,
+    workerd_.InMemoryResults,
+    *(nats_.JetStream, beanstalkd.Beanstalkd, beanstalkd.BeanstalkdDurable),
+    *(redis_.RedisRaw, redis_.RedisPipelined),
+    *(huey_.HueyRedis, huey_.HueyRedisDurable, huey_.HueySqlite, huey_.HueySqliteDurable),
+    *(taskiq_.TaskiqRedis, taskiq_.TaskiqRedisDurable),
+    *(celery_.CeleryRedis, celery_.CeleryRedisDurable),
+    *(dramatiq_.DramatiqRedis, dramatiq_.DramatiqRedisDurable),
+    *(rq_.RqRedis, rq_.RqRedisDurable),
+]
+WITH_PAYLOADS: list[type[System]] = [
+    *(BASE, DURABLE, IN_MEMORY, nats_.JetStream, beanstalkd.Beanstalkd, beanstalkd.BeanstalkdDurable),
+    *(redis_.RedisPipelined, huey_.HueyRedis, celery_.CeleryRedis),
+]
 
 
-def through_daemon(daemon: Daemon, jobs: int) -> float:
-    """Jobs per second over the socket; every one is acknowledged, and the metrics say when the last is done."""
-    before = daemon.status()["targets"]["noop"]["succeeded"]
-    data = memoryview((json.dumps(JOB).encode() + b"\n") * jobs)
-    with socket.socket(socket.AF_UNIX) as client:
-        client.connect(str(daemon.socket))
-        client.setblocking(False)
-        poll = select.poll()
-        poll.register(client, select.POLLIN | select.POLLOUT)
-        sent = replies = 0
-        began = time.perf_counter()
-        while replies < jobs:
-            ((_, events),) = poll.poll()
-            if events & select.POLLOUT:
-                sent += client.send(data[sent : sent + 2**18])
-                if sent == len(data):
-                    poll.modify(client, select.POLLIN)
-            if events & select.POLLIN:
-                replies += client.recv(2**20).count(b"\n")
-        wait_until(lambda: daemon.status()["targets"]["noop"]["succeeded"] - before >= jobs)
-        return jobs / (time.perf_counter() - began)
+def measure(options: Options) -> Section:
+    """Run all systems, `options.rounds` times."""
+    results = Results()
+    folders: Iterator[Path] = (options.folder / f"system-{n}" for n in itertools.count())
+    seconds = QUICK_SECONDS if options.quick else SECONDS
+    for turn in range(options.rounds):
+        for payload, arguments in PAYLOADS.items():
+            for kind in SYSTEMS if payload == "empty" else WITH_PAYLOADS:
+                print(f"\r\033[Kround {turn + 1}: {payload}: {kind.name}", end="", file=sys.stderr, flush=True)
+                with kind(next(folders)) as system:
+                    results.add(kind.name, payload, "jobs/s", run(system, arguments, seconds))
+    print(file=sys.stderr)
+    settings = "; ".join(f"{kind.name}: {kind.settings}" for kind in SYSTEMS)
+    how = f"{WORKERS} workers, one submitting client, from the first submit until the last job is done. {settings}."
+    return Section("throughput", "Throughput", how, results.figures(), list(targets(results)))
 
 
-def machine() -> str:
-    """What this was measured on."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    cpu = next((line.partition(": ")[2] for line in lines if line.startswith("model name")), "unknown processor")
-    system = f"Linux {platform.release()}, Python {platform.python_version()}"
-    return f"{multiprocessing.cpu_count()} x {cpu}, {system}"
+def run(system: System, arguments: Any, seconds: float) -> float:
+    """Jobs per second, in a run of about so many seconds, after shorter ones that warm up and find the number."""
+    jobs = 32
+    while jobs / (rate := system.run(jobs, arguments)) < seconds / 3:
+        jobs *= 4
+    return system.run(int(rate * seconds), arguments)
 
 
-def main() -> None:
-    """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--jobs", type=int, default=400_000, help="jobs in each round")
-    parser.add_argument("--rounds", type=int, default=7)
-    options = parser.parse_args()
-    rates: dict[str, list[float]] = {"multiprocessing.Queue": [], "workerd, durable": [], "workerd, in memory": []}
-    with tempfile.TemporaryDirectory(dir=Path.cwd()) as name:
-        folders = [Path(name, kind) for kind in ("durable", "memory")]
-        for folder in folders:
-            folder.mkdir()
-        with Daemon(folders[0], SOURCE) as durable, Daemon(folders[1], SOURCE, spool={"path": ""}) as memory:
-            systems: list[Callable[[int], float]] = [
-                bare_queue,
-                lambda jobs: through_daemon(durable, jobs),
-                lambda jobs: through_daemon(memory, jobs),
-            ]
-            for turn in range(options.rounds + 1):
-                for measured, system in zip(rates.values(), systems, strict=True):
-                    rate = system(options.jobs)
-                    if turn:  # the first round warms up
-                        measured.append(rate)
-    print(f"{machine()}; {options.rounds} rounds of {options.jobs} jobs, {WORKERS} workers")
-    base = rates["multiprocessing.Queue"]
-    print(f"{'':24}{'jobs/s: median':>16}{'min':>10}{'max':>10}{'ratio: median':>16}{'min':>7}{'max':>7}")
-    for name, measured in rates.items():
-        ratios = [rate / bare for rate, bare in zip(measured, base, strict=True)]
-        print(
-            f"{name:24}{statistics.median(measured):16,.0f}{min(measured):10,.0f}{max(measured):10,.0f}"
-            f"{statistics.median(ratios):16.2f}{min(ratios):7.2f}{max(ratios):7.2f}"
-        )
-
-
-if __name__ == "__main__":
-    main()
+def targets(results: Results) -> Iterator[Target]:
+    """What is claimed, round by round."""
+    claims: list[tuple[type[System], type[System], float]] = [
+        (DURABLE, BASE, 2.0),
+        (IN_MEMORY, BASE, 4.0),
+        (RESULTS, BASE, 1.2),
+        (DURABLE, celery_.CeleryRedis, 100.0),
+        (DURABLE, rq_.RqRedis, 50.0),
+        (DURABLE, dramatiq_.DramatiqRedis, 50.0),
+        (DURABLE, beanstalkd.Beanstalkd, 12.0),
+        (DURABLE, beanstalkd.BeanstalkdDurable, 60.0),
+    ]
+    for one, other, limit in claims:
+        rounds = results.ratios((one.name, "empty"), (other.name, "empty"))
+        yield Target(f"{one.name}, by {other.name}", rounds, limit, at_least=True)
