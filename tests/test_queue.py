@@ -29,12 +29,20 @@ def quick(queue: JobQueue, *targets: str) -> JobQueue:
 
 
 def test_first_come_first_served_within_a_priority_and_urgent_first() -> None:
-    """Jobs of one priority run in the order of arrival; a more urgent line is emptied before a less urgent one."""
+    """Jobs of one priority run in the order of arrival; a more urgent line is emptied before a less urgent one, and
+    what is less urgent is not put behind it in a worker, where more of the urgent might have to wait for it.
+    """
     queue = quick(JobQueue())
     queue.enter([make(1), make(2, priority=5), make(3), make(4, priority=5)])
     holder = Holder()
-    batches = [queue.take(holder), queue.take(holder)]
-    assert [seqs(batch.jobs) for batch in batches if batch] == [[2, 4], [1, 3]]
+    assert (batch := queue.take(holder)) is not None
+    assert seqs(batch.jobs) == [2, 4]
+    assert queue.take(holder) is None
+    queue.enter([make(5, priority=5)])
+    assert (batch := queue.take(holder)) is not None
+    assert seqs(batch.jobs) == [5]
+    assert (batch := queue.take(Holder())) is not None
+    assert seqs(batch.jobs) == [1, 3]
 
 
 def test_unknown_and_slow_targets_travel_alone_and_quick_ones_together() -> None:

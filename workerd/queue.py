@@ -114,6 +114,9 @@ class JobQueue:
         # two quick batches at most, so that the worker has work while a report travels; nothing behind a slow job
         if line is None or len(held) > 1 or holder.slow:
             return None
+        # nor what is less urgent than what it has: of that more may come before it is free
+        if held and line.jobs[0].options.priority > held[0].jobs[0].options.priority:
+            return None
         jobs: list[Job] = []
         waiting = line.jobs
         cost = estimate = 0.0

@@ -71,12 +71,15 @@ def daemon(
     return found
 
 
-def pump(path: Path, line: bytes, jobs: int, clients: int = 1, replies: int = 1) -> float:
+def pump(
+    path: Path, line: bytes, jobs: int, clients: int = 1, *, replies: int = 1, lines: bytes | None = None
+) -> float:
     """Send the job so many times, divided between the clients, all at once; each pipelines. `replies`: lines for each.
+    `lines`: what one client sends instead, all of the length of `line`.
 
     Seconds from the first byte sent until the last reply, the connections being there already.
     """
-    block = memoryview(line * min(jobs, BLOCK, max(1, BLOCK_BYTES // len(line))))
+    block = memoryview(lines or line * min(jobs, BLOCK, max(1, BLOCK_BYTES // len(line))))
     replies *= jobs
     with contextlib.ExitStack() as stack:
         poll = stack.enter_context(select.epoll())
@@ -109,7 +112,9 @@ def pump(path: Path, line: bytes, jobs: int, clients: int = 1, replies: int = 1)
         return time.perf_counter() - began
 
 
-def throughput(daemon: Daemon, jobs: int, clients: int = 1, *, line: bytes = LINE, replies: int = 1) -> float:
+def throughput(
+    daemon: Daemon, jobs: int, clients: int = 1, *, line: bytes = LINE, replies: int = 1, lines: bytes | None = None
+) -> float:
     """Jobs per second with an empty body: from the first byte sent until the last has succeeded, by the status."""
     with Client(daemon.socket) as client:
 
@@ -118,7 +123,7 @@ def throughput(daemon: Daemon, jobs: int, clients: int = 1, *, line: bytes = LIN
 
         before = succeeded()
         began = time.perf_counter()
-        pump(daemon.socket, line, jobs, clients, replies)
+        pump(daemon.socket, line, jobs, clients, replies=replies, lines=lines)
         acknowledged = time.perf_counter()
         while succeeded() - before < jobs:
             time.sleep(LOOK)

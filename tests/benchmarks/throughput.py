@@ -35,18 +35,19 @@ SYSTEMS: list[type[System]] = [
     DURABLE,
     IN_MEMORY,
     RESULTS,
+    workerd_.DurableIds,
     workerd_.InMemoryResults,
     *(nats_.JetStream, beanstalkd.Beanstalkd, beanstalkd.BeanstalkdDurable),
-    *(redis_.RedisRaw, redis_.RedisPipelined),
-    *(huey_.HueyRedis, huey_.HueyRedisDurable, huey_.HueySqlite, huey_.HueySqliteDurable),
-    *(taskiq_.TaskiqRedis, taskiq_.TaskiqRedisDurable),
-    *(celery_.CeleryRedis, celery_.CeleryRedisDurable),
-    *(dramatiq_.DramatiqRedis, dramatiq_.DramatiqRedisDurable),
-    *(rq_.RqRedis, rq_.RqRedisDurable),
+    *(redis_.Redis, redis_.RedisPipelined),
+    *(huey_.HueyRedis, huey_.HueyRedisDurable, huey_.HueySQLite, huey_.HueySQLiteDurable),
+    *(taskiq_.Taskiq, taskiq_.TaskiqDurable),
+    *(celery_.Celery, celery_.CeleryDurable),
+    *(dramatiq_.Dramatiq, dramatiq_.DramatiqDurable),
+    *(rq_.RQ, rq_.RQDurable),
 ]
 WITH_PAYLOADS: list[type[System]] = [
     *(BASE, DURABLE, IN_MEMORY, nats_.JetStream, beanstalkd.Beanstalkd, beanstalkd.BeanstalkdDurable),
-    *(redis_.RedisPipelined, huey_.HueyRedis, celery_.CeleryRedis),
+    *(redis_.RedisPipelined, huey_.HueyRedis, celery_.Celery),
 ]
 
 
@@ -81,9 +82,9 @@ def targets(results: Results) -> Iterator[Target]:
         (DURABLE, BASE, 2.0),
         (IN_MEMORY, BASE, 4.0),
         (RESULTS, BASE, 1.2),
-        (DURABLE, celery_.CeleryRedis, 100.0),
-        (DURABLE, rq_.RqRedis, 50.0),
-        (DURABLE, dramatiq_.DramatiqRedis, 50.0),
+        (DURABLE, celery_.Celery, 100.0),
+        (DURABLE, rq_.RQ, 50.0),
+        (DURABLE, dramatiq_.Dramatiq, 50.0),
         (DURABLE, beanstalkd.Beanstalkd, 12.0),
         (DURABLE, beanstalkd.BeanstalkdDurable, 60.0),
     ]

@@ -1,0 +1,62 @@
+"""How long one job takes by itself in the peers: until it is acknowledged, and until it has run.
+
+The submitter watches the count of jobs done without a pause, since a sleep is longer than some of these times.
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+import time
+from typing import TYPE_CHECKING
+
+from measure import Percentiles
+from peers import beanstalkd, celery_, dramatiq_, huey_, redis_, rq_, taskiq_
+from results import Results
+from section import Section
+
+if TYPE_CHECKING:
+    from options import Options
+    from peers.system import Peer
+
+JOBS, QUICK_JOBS = 300, 20
+ARGUMENTS = {"key": "value"}
+SYSTEMS: list[type[Peer]] = [
+    *(beanstalkd.Beanstalkd, beanstalkd.BeanstalkdDurable, redis_.Redis),
+    *(huey_.HueyRedis, huey_.HueySQLite, huey_.HueySQLiteDurable, taskiq_.Taskiq),
+    *(celery_.Celery, celery_.CeleryDurable, dramatiq_.Dramatiq, rq_.RQ),
+]
+
+
+def measure(options: Options) -> Section:
+    """Run all systems, `options.rounds` times, one after the other."""
+    results = Results()
+    folders = (options.folder / f"system-{n}" for n in itertools.count())
+    for turn in range(options.rounds):
+        for kind in SYSTEMS:
+            print(f"\r\033[Kround {turn + 1}: {kind.name}", end="", file=sys.stderr, flush=True)
+            with kind(next(folders)) as system:
+                system.run(QUICK_JOBS, ARGUMENTS)
+                accepted, done = one_by_one(system, QUICK_JOBS if options.quick else JOBS)
+            for what, times in (("submit to accepted", accepted), ("submit to done", done)):
+                for name, value in Percentiles.of(times)._asdict().items():
+                    results.add(kind.name, f"{what}, {name}", "s", value)
+    print(file=sys.stderr)
+    how = (
+        "One job at a time, two workers, nothing else to do; from the call until it returns, and until the job has run."
+    )
+    return Section("peer_latency", "Latency of the peers", how, results.figures(), [])
+
+
+def one_by_one(system: Peer, jobs: int) -> tuple[list[float], list[float]]:
+    """Seconds until each job was accepted, and until it was done."""
+    accepted, done = [], []
+    for _ in range(jobs):
+        before = system.done()
+        began = time.perf_counter()
+        system.submit(1, ARGUMENTS)
+        accepted.append(time.perf_counter() - began)
+        while system.done() == before:
+            pass
+        done.append(time.perf_counter() - began)
+    return accepted, done
