@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import platform
 import statistics
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -80,6 +81,12 @@ def resident_memory(pid: int) -> float:
     """Bytes."""
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS:")) * 1024
+
+
+def progress(text: str) -> None:
+    """What is being measured, for somebody who watches; nothing where nobody does."""
+    if sys.stderr.isatty():
+        print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
 
 
 def machine() -> dict[str, str]:

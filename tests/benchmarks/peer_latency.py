@@ -6,11 +6,10 @@ The submitter watches the count of jobs done without a pause, since a sleep is l
 from __future__ import annotations
 
 import itertools
-import sys
 import time
 from typing import TYPE_CHECKING
 
-from measure import Percentiles
+from measure import Percentiles, progress
 from peers import beanstalkd, celery_, dramatiq_, huey_, redis_, rq_, taskiq_
 from results import Results
 from section import Section
@@ -34,14 +33,14 @@ def measure(options: Options) -> Section:
     folders = (options.folder / f"system-{n}" for n in itertools.count())
     for turn in range(options.rounds):
         for kind in SYSTEMS:
-            print(f"\r\033[Kround {turn + 1}: {kind.name}", end="", file=sys.stderr, flush=True)
+            progress(f"round {turn + 1}: {kind.name}")
             with kind(next(folders)) as system:
                 system.run(QUICK_JOBS, ARGUMENTS)
                 accepted, done = one_by_one(system, QUICK_JOBS if options.quick else JOBS)
             for what, times in (("submit to accepted", accepted), ("submit to done", done)):
                 for name, value in Percentiles.of(times)._asdict().items():
                     results.add(kind.name, f"{what}, {name}", "s", value)
-    print(file=sys.stderr)
+    progress("")
     how = (
         "One job at a time, two workers, nothing else to do; from the call until it returns, and until the job has run."
     )

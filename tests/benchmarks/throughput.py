@@ -7,9 +7,9 @@ load of the others. A run is from the first submit until the last job is done; t
 from __future__ import annotations
 
 import itertools
-import sys
 from typing import TYPE_CHECKING, Any
 
+from measure import progress
 from peers import beanstalkd, celery_, dramatiq_, huey_, in_process, nats_, redis_, rq_, taskiq_, workerd_
 from peers.system import WORKERS, System
 from results import Results
@@ -59,10 +59,10 @@ def measure(options: Options) -> Section:
     for turn in range(options.rounds):
         for payload, arguments in PAYLOADS.items():
             for kind in SYSTEMS if payload == "empty" else WITH_PAYLOADS:
-                print(f"\r\033[Kround {turn + 1}: {payload}: {kind.name}", end="", file=sys.stderr, flush=True)
+                progress(f"round {turn + 1}: {payload}: {kind.name}")
                 with kind(next(folders)) as system:
                     results.add(kind.name, payload, "jobs/s", run(system, arguments, seconds))
-    print(file=sys.stderr)
+    progress("")
     settings = "; ".join(f"{kind.name}: {kind.settings}" for kind in SYSTEMS)
     how = f"{WORKERS} workers, one submitting client, from the first submit until the last job is done. {settings}."
     return Section("throughput", "Throughput", how, results.figures(), list(targets(results)))

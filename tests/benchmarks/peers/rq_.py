@@ -41,7 +41,7 @@ class RQ(RedisPeer):
 
 
 class RQDurable(RQ):
-    """The same, each write on disk. A job whose worker is killed is marked as failed in the end, not run again."""
+    """The same, each write on disk. By its code, a job whose worker is killed fails, as we ask for no retries."""
 
     name = "RQ, durable"
     durable = True

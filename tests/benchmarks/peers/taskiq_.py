@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, Any
 
-from peers.redis_ import PIPELINE, RedisPeer
+from peers.redis_ import RedisPeer
 from peers.system import WORKERS
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-CONNECTIONS = 20  # of the submitter
+CONNECTIONS = 10  # of the submitter
+TOGETHER = 100  # submits that it awaits together
 
 
 def broker(socket: Path | str, *, durable: bool) -> Any:
@@ -32,7 +33,7 @@ class Taskiq(RedisPeer):
     """Tasks are gone from the list once a worker takes them."""
 
     name = "taskiq + Redis"
-    settings = f"ListQueueBroker, {WORKERS} processes, uvloop, submits {PIPELINE} concurrently; {RedisPeer.persistence}"
+    settings = f"ListQueueBroker, {WORKERS} processes, uvloop, gathers {TOGETHER} submits; {RedisPeer.persistence}"
 
     def start(self) -> None:
         import uvloop
@@ -51,12 +52,12 @@ class Taskiq(RedisPeer):
         self._runner.run(self._submit(jobs, arguments))
 
     async def _submit(self, jobs: int, arguments: Any) -> None:
-        for start in range(0, jobs, PIPELINE):
-            await asyncio.gather(*(self._task.kiq(arguments) for _ in range(min(PIPELINE, jobs - start))))
+        for start in range(0, jobs, TOGETHER):
+            await asyncio.gather(*(self._task.kiq(arguments) for _ in range(min(TOGETHER, jobs - start))))
 
 
 class TaskiqDurable(Taskiq):
-    """Tasks are acknowledged when they are done; those of a killed worker run again after ten minutes."""
+    """Tasks are acknowledged when they are done; by its code, those of a killed worker run again in ten minutes."""
 
     name = "taskiq + Redis, durable"
     durable = True
