@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import gc
 import logging
 import signal
@@ -40,6 +41,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger("workerd")
 
 SWITCH_INTERVAL = 0.0005  # seconds; the spool's thread gets the interpreter back sooner than by default
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # <malloc.h>
+KEPT = 8 * 2**20  # bytes at the end of the heap that are not given back
+LARGE = 4 * 2**20  # bytes of an allocation that are given back at once
 PURGE_INTERVAL = 60.0  # seconds between two looks for client ids that may be forgotten
 NEEDS_RESTART = ("feeder.socket", "feeder.mode", "feeder.group", "spool.path", "metrics.listen")
 
@@ -49,8 +53,19 @@ def run(config_path: Path, on_ready: Callable[[], None] | None = None) -> int:
     settings = config.load(config_path)
     log.setup(settings.log.level)
     sys.setswitchinterval(SWITCH_INTERVAL)
+    keep_memory()
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(Daemon(settings, on_ready).main())
+
+
+def keep_memory() -> None:
+    """Have the C library keep some of what is freed (mallopt(3)): the buffers of a chunk come and go with every read,
+    and each time the kernel would take their pages away, and clear new ones.
+    """
+    with contextlib.suppress(AttributeError):  # not every C library has it
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(M_TRIM_THRESHOLD, KEPT)
+        mallopt(M_MMAP_THRESHOLD, LARGE)
 
 
 class Daemon:
