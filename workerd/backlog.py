@@ -41,7 +41,7 @@ class Refill(msgspec.Struct, frozen=True):
 class Backlog:
     """See the module. `window` jobs, and `window_bytes` of arguments, are kept in memory at most, more or less."""
 
-    def __init__(self, window: float = 50_000, window_bytes: float = 64 * 2**20) -> None:
+    def __init__(self, window: float = 200_000, window_bytes: float = 64 * 2**20) -> None:
         self.window = window
         self.window_bytes = window_bytes
         self.lines: dict[int, Line] = {}  # by priority, the most urgent first
@@ -179,6 +179,7 @@ class Backlog:
         for priority, line in self.lines.items():
             if line.stored and not line.loading and len(line.jobs) < self.window / 8 and self._has_room(line):
                 line.loading = True
+                # more than can come in meanwhile, or a backlog of quick jobs would never be caught up with
                 return Refill(priority, (0.0, line.cursor), int(self.window / 4))
         if self.scheduled_stored and not self.scheduled_loading and len(self.scheduled) < self.window / 8:
             self.scheduled_loading = True
