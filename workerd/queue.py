@@ -64,7 +64,9 @@ class Holder:
 class JobQueue:
     """See the module. `max_jobs` may wait or run at once; `window` and `window_bytes` bound what is in memory."""
 
-    def __init__(self, *, max_jobs: int = 10_000_000, window: float = 200_000, window_bytes: float = 64 * 2**20) -> None:
+    def __init__(
+        self, *, max_jobs: int = 10_000_000, window: float = 200_000, window_bytes: float = 64 * 2**20
+    ) -> None:
         self.max_jobs = max_jobs
         self.backlog = Backlog(window, window_bytes)
         self.total = 0  # jobs that have not ended, wherever they are

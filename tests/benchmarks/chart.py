@@ -6,12 +6,13 @@ import math
 from html import escape
 from typing import TYPE_CHECKING
 
+from measure import ratios
 from peers.in_process import BareQueue
 
 if TYPE_CHECKING:
     from section import Figure, Section
 
-WIDTH, LEFT, RIGHT = 960, 250, 170  # pixels: all of it, and what names and numbers need beside the bars
+WIDTH, LEFT, RIGHT = 980, 290, 170  # pixels: all of it, and what names and numbers need beside the bars
 ROW, BAR, TOP, BOTTOM = 24, 15, 64, 56
 OURS = "workerd"
 STYLE = """
@@ -26,7 +27,7 @@ def draw(section: Section, machine: dict[str, str]) -> str:
     """The SVG document: medians of the empty jobs, the fastest first, with their ratio to a bare multiprocessing.Queue."""
     figures = [figure for figure in section.figures if figure.what == "empty"]
     figures.sort(key=lambda figure: -figure.spread.median)
-    base = next(figure.spread.median for figure in figures if figure.system == BareQueue.name)
+    base = next(figure.rounds for figure in figures if figure.system == BareQueue.name)
     least = math.floor(math.log10(min(figure.spread.median for figure in figures)))
     most = math.ceil(math.log10(max(figure.spread.median for figure in figures)))
     height = TOP + ROW * len(figures) + BOTTOM
@@ -44,7 +45,7 @@ def draw(section: Section, machine: dict[str, str]) -> str:
         parts.append(f'<line x1="{at:.1f}" x2="{at:.1f}" y1="{TOP - 6}" y2="{height - BOTTOM}"/>')
         parts.append(f'<text class="small" x="{at:.1f}" y="{TOP - 10}" text-anchor="middle">{10**power:,}</text>')
     for number, figure in enumerate(figures):
-        parts.append(row(figure, TOP + ROW * number, x(figure.spread.median), figure.spread.median / base))
+        parts.append(row(figure, TOP + ROW * number, x(figure.spread.median), ratios(figure.rounds, base).median))
     about = (
         f"{machine['processor']}, {machine['system']}, {machine['date']}. Median of {len(figures[0].rounds)} rounds."
     )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import signal
 import sys
 import tempfile
 import time
@@ -28,11 +29,17 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="of each section; medians are shown [5]")
     parser.add_argument("--quick", action="store_true", help="a look, with numbers too small to be believed")
     parser.add_argument("--only", action="append", choices=SECTIONS, help="this section; may be given again")
-    parser.add_argument("--output", type=Path, default=HERE / "results", help="folder of results.json and chart.svg")
+    parser.add_argument(
+        "--output", type=Path, help="folder of results.json and chart.svg; with --quick, none if not given"
+    )
     given = parser.parse_args()
     if given.rounds < 1:
         parser.error("--rounds: give 1 or more")
-    found = report.begin()
+    output = given.output or (None if given.quick else HERE / "results")
+    if output:
+        output.mkdir(parents=True, exist_ok=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that what was started is ended
+    found = report.begin(quick=given.quick)
     # on the disk that this folder lies on, since /tmp may be in memory
     with tempfile.TemporaryDirectory(prefix=".benchmarks-", dir=Path.cwd()) as name:
         for number, section in enumerate(given.only or SECTIONS):
@@ -44,13 +51,18 @@ def main() -> None:
             print(f"{section}: {time.monotonic() - began:.0f} s", file=sys.stderr)
             print(report.as_text(measured), flush=True)
             found.sections.append(measured)
+            if output:
+                write(output, found)
     print(report.summary(found))
-    given.output.mkdir(exist_ok=True)
-    merged = report.merged(given.output / "results.json", found)
-    (given.output / "results.json").write_bytes(report.as_json(merged))
+
+
+def write(output: Path, found: report.Report) -> None:
+    """What there is so far."""
+    merged = report.merged(output / "results.json", found)
+    (output / "results.json").write_bytes(report.as_json(merged))
     for section in merged.sections:
         if section.name == "throughput":
-            (given.output / "chart.svg").write_text(draw(section, merged.machine))
+            (output / "chart.svg").write_text(draw(section, merged.machine))
 
 
 if __name__ == "__main__":  # some sections start processes that import this module

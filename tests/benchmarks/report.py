@@ -8,7 +8,7 @@ import subprocess
 from typing import TYPE_CHECKING
 
 import msgspec
-from measure import Spread, machine
+from measure import Spread, machine, ratios
 from section import Section
 
 if TYPE_CHECKING:
@@ -16,18 +16,20 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 LIBRARIES = ("celery", "dramatiq", "greenstalk", "huey", "nats-py", "redis", "rq", "taskiq", "taskiq-redis", "uvloop")
+BASE = "multiprocessing.Queue"  # what others are a ratio of, where it was measured, too
 SERVERS = {"redis-server": "--version", "beanstalkd": "-v", "nats-server": "--version"}
 
 
 class Report(msgspec.Struct):
-    """All sections of a run; `versions` of the peers."""
+    """All sections of a run; `versions` of the peers. What was measured in a hurry is not to be believed."""
 
+    quick: bool
     machine: dict[str, str]
     versions: dict[str, str]
     sections: list[Section]
 
 
-def begin() -> Report:
+def begin(*, quick: bool) -> Report:
     """A report of this machine, without sections."""
     versions = {}
     for name in LIBRARIES:
@@ -38,19 +40,20 @@ def begin() -> Report:
     for name, flag in SERVERS.items():
         if shutil.which(name):
             versions[name] = subprocess.run([name, flag], capture_output=True, text=True, check=False).stdout.strip()
-    return Report(machine(), versions, [])
+    return Report(quick, machine(), versions, [])
 
 
 def merged(path: Path, new: Report) -> Report:
     """The new report, with the sections of an older one that it has not, if that is of the same day and machine."""
-    if not path.exists():
+    try:
+        old = msgspec.json.decode(path.read_bytes(), type=Report)
+    except (FileNotFoundError, msgspec.MsgspecError):  # or of another age
         return new
-    old = msgspec.json.decode(path.read_bytes(), type=Report)
-    if old.machine != new.machine:
+    if (old.quick, old.machine) != (new.quick, new.machine):
         return new
     fresh = {section.name for section in new.sections}
     kept = [section for section in old.sections if section.name not in fresh]
-    return Report(new.machine, new.versions, kept + new.sections)
+    return Report(new.quick, new.machine, new.versions, kept + new.sections)
 
 
 def as_json(report: Report) -> bytes:
@@ -59,12 +62,14 @@ def as_json(report: Report) -> bytes:
 
 
 def as_text(section: Section) -> str:
-    """Title, how it was measured, a line for each figure, and the targets."""
+    """Title, how it was measured, a line for each figure, with its ratio to the base of all, and the targets."""
     width = max((len(figure.system) for figure in section.figures), default=0)
     what = max((len(figure.what) for figure in section.figures), default=0)
+    base = {figure.what: figure.rounds for figure in section.figures if figure.system == BASE}
     lines = ["", section.title, "=" * len(section.title), section.how, ""]
     lines += [
         f"{figure.system:{width}}  {figure.what:{what}}  {shown(figure.spread, figure.unit)}"
+        + (f"; {shown(ratios(figure.rounds, base[figure.what]), 'x')}" if figure.what in base else "")
         for figure in section.figures
     ]
     return "\n".join([*lines, "", *target_lines([section])])

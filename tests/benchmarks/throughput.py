@@ -38,7 +38,7 @@ SYSTEMS: list[type[System]] = [
     workerd_.DurableIds,
     workerd_.InMemoryResults,
     *(nats_.JetStream, beanstalkd.Beanstalkd, beanstalkd.BeanstalkdDurable),
-    *(redis_.Redis, redis_.RedisPipelined),
+    *(redis_.Redis, redis_.RedisBatched, redis_.RedisBatchedDurable),
     *(huey_.HueyRedis, huey_.HueyRedisDurable, huey_.HueySQLite, huey_.HueySQLiteDurable),
     *(taskiq_.Taskiq, taskiq_.TaskiqDurable),
     *(celery_.Celery, celery_.CeleryDurable),
@@ -47,7 +47,7 @@ SYSTEMS: list[type[System]] = [
 ]
 WITH_PAYLOADS: list[type[System]] = [
     *(BASE, DURABLE, IN_MEMORY, nats_.JetStream, beanstalkd.Beanstalkd, beanstalkd.BeanstalkdDurable),
-    *(redis_.RedisPipelined, huey_.HueyRedis, celery_.Celery),
+    *(redis_.RedisBatched, huey_.HueyRedis, celery_.Celery),
 ]
 
 

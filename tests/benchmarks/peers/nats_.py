@@ -17,7 +17,9 @@ CONSUMER = "workers"
 
 
 class JetStream(Peer):
-    """A work queue in a file store, which this server fsyncs every two minutes: safe from its own death only."""
+    """A work queue in a file store. Debian 12's server fsyncs it once a minute, and cannot be told otherwise: what is
+    acknowledged is safe from the server's death, not from the machine's.
+    """
 
     name = "NATS JetStream"
     settings = "file store; publish_async in windows of 2,000, pulls of 200, acknowledged one by one"

@@ -18,7 +18,7 @@ from peers.system import SLOTS, WORKERS, Peer
 if TYPE_CHECKING:
     import subprocess
 
-PIPELINE = 500  # jobs in a pipeline
+BATCH = 500  # jobs in a command
 QUEUE = "jobs"
 
 
@@ -96,19 +96,26 @@ class Redis(RedisPeer):
             self.client.lpush(QUEUE, encode(arguments))
 
 
-class RedisPipelined(Redis):
-    """Pipelines of many commands, each with one job; workers take many jobs with one command."""
+class RedisBatched(Redis):
+    """Many jobs in a command. What a worker has taken is lost with it, so this is at most once, durable or not."""
 
-    name = "Redis, pipelined"
-    settings = f"LPUSH in pipelines of {PIPELINE}, BLMPOP of {PIPELINE}; JSON; hiredis; {RedisPeer.persistence}"
-    count = PIPELINE
+    name = "Redis, in batches"
+    settings = (
+        f"LPUSH of {BATCH}, BLMPOP of {BATCH}, which a killed worker loses; JSON; hiredis; {RedisPeer.persistence}"
+    )
+    count = BATCH
 
     def submit(self, jobs: int, arguments: Any) -> None:
-        for start in range(0, jobs, PIPELINE):
-            pipeline = self.client.pipeline(transaction=False)
-            for _ in range(min(PIPELINE, jobs - start)):
-                pipeline.lpush(QUEUE, encode(arguments))
-            pipeline.execute()
+        for start in range(0, jobs, BATCH):
+            self.client.lpush(QUEUE, *[encode(arguments) for _ in range(min(BATCH, jobs - start))])
+
+
+class RedisBatchedDurable(RedisBatched):
+    """With a log that is fsynced before each answer."""
+
+    name = "Redis, in batches, durable"
+    durable = True
+    settings = f"the same; {RedisPeer.log}"
 
 
 def encode(arguments: Any) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from peers.redis_ import PIPELINE, RedisPeer
+from peers.redis_ import BATCH, RedisPeer
 from peers.system import WORKERS
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ class RQ(RedisPeer):
 
     name = "RQ"
     settings = (
-        f"{WORKERS} SimpleWorkers, enqueue_many of {PIPELINE}, no timeouts, results not kept; {RedisPeer.persistence}"
+        f"{WORKERS} SimpleWorkers, enqueue_many of {BATCH}, no timeouts, results not kept; {RedisPeer.persistence}"
     )
 
     def start(self) -> None:
@@ -30,8 +30,8 @@ class RQ(RedisPeer):
         self.warm_up()
 
     def submit(self, jobs: int, arguments: Any) -> None:
-        for start in range(0, jobs, PIPELINE):
-            self._queue.enqueue_many(self._jobs(min(PIPELINE, jobs - start), arguments))
+        for start in range(0, jobs, BATCH):
+            self._queue.enqueue_many(self._jobs(min(BATCH, jobs - start), arguments))
 
     def _jobs(self, count: int, arguments: Any) -> Iterator[Any]:
         # Given a description, RQ need not make one of the call; without timeouts, it sets no alarm for each job.

@@ -31,6 +31,7 @@ class System:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._exits = contextlib.ExitStack()
+        self._processes: dict[subprocess.Popen[bytes], Path] = {}  # with their logs
 
     def __enter__(self) -> Self:
         self.folder.mkdir()
@@ -59,7 +60,8 @@ class System:
 
     def spawn(self, *command: str | Path, environment: dict[str, str] | None = None) -> subprocess.Popen[bytes]:
         """Start a process in the folder, its output in a file there; it is ended with the system."""
-        log = self._exits.enter_context((self.folder / f"{Path(command[0]).name}.log").open("ab"))
+        path = self.folder / f"{Path(command[0]).name}.log"
+        log = self._exits.enter_context(path.open("ab"))
         process = subprocess.Popen(
             list(map(str, command)),
             cwd=self.folder,
@@ -69,6 +71,7 @@ class System:
             stderr=log,
             start_new_session=True,
         )
+        self._processes[process] = path
         self._exits.callback(end, process)
         return process
 
@@ -82,9 +85,9 @@ class Peer(System):
 
     def __enter__(self) -> Self:
         self.folder.mkdir()
-        self.counter.write_bytes(bytes(8 * SLOTS))
+        self.counter.write_bytes(bytes(16 * SLOTS))
         with self.counter.open("r+b") as file:
-            self._counts = memoryview(mmap.mmap(file.fileno(), 8 * SLOTS)).cast("Q")
+            self._counts = memoryview(mmap.mmap(file.fileno(), 16 * SLOTS)).cast("Q")
         try:
             self.start()
         except BaseException:
@@ -99,7 +102,18 @@ class Peer(System):
 
     def done(self) -> int:
         """Jobs that all workers together have done."""
-        return sum(self._counts)
+        return sum(self._counts[::2])
+
+    def latest(self) -> int:
+        """When the latest job began, in nanoseconds of CLOCK_MONOTONIC."""
+        return max(self._counts[1::2])
+
+    def check(self) -> None:
+        """RuntimeError where a process that we started has ended."""
+        for process, path in self._processes.items():
+            if process.poll() is not None:
+                log = path.read_text(errors="replace")
+                raise RuntimeError(f"{self.name}: {process.args!r} has ended:\n{log[-2000:]}")
 
     def run(self, jobs: int, arguments: Any) -> float:
         """Jobs per second, from the first submit until as many are done. One that runs twice counts twice, in favour
@@ -114,6 +128,8 @@ class Peer(System):
                 latest, since = done, time.perf_counter()
             elif time.perf_counter() - since > TIMEOUT:
                 raise TimeoutError(f"{self.name}: {done - before} of {jobs} jobs are done, and no more come")
+            else:
+                self.check()
             time.sleep(WAIT)
         return jobs / (time.perf_counter() - began)
 
