@@ -47,7 +47,7 @@ def draw(section: Section, machine: dict[str, str]) -> str:
     for number, figure in enumerate(figures):
         parts.append(row(figure, TOP + ROW * number, x(figure.spread.median), ratios(figure.rounds, base).median))
     about = (
-        f"{machine['processor']}, {machine['system']}, {machine['date']}. Median of {len(figures[0].rounds)} rounds."
+        f"{machine['processor']}, {machine['system']}, {machine['date']}. Medians of {len(figures[0].rounds)} rounds."
     )
     parts.append(
         caption(
