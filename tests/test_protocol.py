@@ -154,8 +154,13 @@ def test_a_number_that_no_float_holds_ends_in_a_clear_error(daemon: Daemon) -> N
 @pytest.mark.parametrize("end", [b"", b"\n"], ids=["", "blank line behind"])
 @pytest.mark.parametrize(
     ("line", "kinds"),
-    [(b'{"target":"a"}{"target":"b"}\n', [Problem]), (b'{"target":"a",\n"arguments":1}\n', [Problem, Problem])],
-    ids=["two values in a line", "a value in two lines"],
+    [
+        (b'{"target":"a"}{"target":"b"}\n', [Problem]),
+        (b'{"target":"a",\n"arguments":1}\n', [Problem, Problem]),
+        (b'{"target":"a","arguments":[1\n2]},{"target":"b"}\n', [Problem, Problem]),
+        (b'{"target":"a","arguments":[{}\n{}]},{"target":"b"}\n', [Problem, Problem]),
+    ],
+    ids=["two values in a line", "a value in two lines", "a comma too many, one missing", "the same between objects"],
 )
 def test_a_value_is_a_line_however_the_bytes_arrive(line: bytes, end: bytes, kinds: list[type]) -> None:
     """In one chunk or a byte at a time: what shares a line, or spans lines, is refused."""

@@ -223,6 +223,18 @@ def test_a_job_scheduled_while_the_schedule_is_read_is_not_left_behind() -> None
     assert backlog.scheduled_cursor == (100.0, 10)
 
 
+def test_a_job_that_comes_late_is_found_although_there_is_no_room() -> None:
+    """A job with a client's id joins once it is stored. If later ones are in memory by then, no cursor can be set
+    before it: it is taken in.
+    """
+    backlog = Backlog(window=3)
+    backlog.enter([make(seq) for seq in range(2, 8)])
+    assert (seqs(list(backlog.lines[100].jobs)), backlog.lines[100].stored) == ([2, 3, 4], 3)
+    backlog.enter([make(1)])
+    assert seqs(list(backlog.lines[100].jobs)) == [2, 3, 4, 1]
+    assert backlog.lines[100].stored == 3
+
+
 class Walk(RuleBasedStateMachine):
     """Random histories against a spool that is a dictionary: nothing lost, nothing doubled, order kept."""
 
@@ -237,18 +249,33 @@ class Walk(RuleBasedStateMachine):
         self.now = 0.0
         self.with_workers: dict[int, Holder] = {}
         self.reading: list[tuple[Refill, list[Job]]] = []  # what the spool has read, and the loop not yet heard of
+        self.late: list[Job] = []  # with ids of clients: queued once they are stored
 
     @rule(target=holders)
     def spawn(self) -> Holder:
         return Holder()
 
-    @rule(count=st.integers(1, 9), priority=st.sampled_from([0, 100]), delay=st.sampled_from([0, 0, 3]))
-    def submit(self, count: int, priority: int, delay: float) -> None:
+    @rule(
+        count=st.integers(1, 9),
+        priority=st.sampled_from([0, 100]),
+        delay=st.sampled_from([0, 0, 3]),
+        keyed=st.booleans(),
+    )
+    def submit(self, count: int, priority: int, delay: float, keyed: bool) -> None:
         jobs = []
         for _ in range(count):
             self.seq += 1
             jobs.append(make(self.seq, ready_at=self.now + delay, priority=priority, max_attempts=2))
             jobs[-1].submitted = self.now
+        self.late += [job for job in jobs if keyed and job.seq % 3 == 0]
+        self._enter([job for job in jobs if not (keyed and job.seq % 3 == 0)])
+
+    @rule()
+    def commit(self) -> None:
+        late, self.late = self.late, []
+        self._enter(late)
+
+    def _enter(self, jobs: list[Job]) -> None:
         self.alive |= set(seqs(jobs))
         self.stored |= {job.seq: job for job in jobs}
         self.queue.enter(jobs)
@@ -318,6 +345,7 @@ class Walk(RuleBasedStateMachine):
         else:
             line = [job for job in waiting if job.ready_at <= job.submitted]
             found = [job for job in line if job.options.priority == refill.priority and job.seq > refill.after[1]]
+            found.sort(key=lambda job: job.seq)
         return found[: max(1, refill.limit)]
 
     @invariant()
@@ -335,6 +363,7 @@ class Walk(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         """Whatever happened: give a fresh worker everything, and nothing is left."""
+        self.commit()
         for _ in range(10_000):
             if not self.alive:
                 break

@@ -1,8 +1,7 @@
 """Backlog: the jobs that wait, ready or for their time. Pure state; a bounded window of them is in memory.
 
-The rest of a long backlog is only in the spool, and the backlog says when it wants more of it (`wanted`), so that ten
-million queued jobs cost disk and not memory. Each line is in memory up to a cursor and in the spool behind it; what
-comes in behind the cursor stays in the spool (`spilled`), so that first come is first served all the same.
+The rest of a long one is only in the spool, and is asked for (`wanted`): ten million jobs cost disk, not memory. Each
+line is in memory up to a cursor; what comes in behind that stays in the spool (`spilled`): first come, first served.
 """
 
 from __future__ import annotations
@@ -26,8 +25,9 @@ class Line(msgspec.Struct):
     jobs: deque[Job]
     cursor: int = 0  # every ready job up to this seq is in memory
     stored: int = 0  # how many are in the spool only
-    returned: int = 0  # the highest seq that a worker gave back
+    pinned: int = 0  # the highest seq that was given out, or revived: what must not be behind the cursor
     loading: bool = False
+    meanwhile: list[Job] = []  # what was put behind the cursor while the jobs there were being read
 
 
 class Refill(msgspec.Struct, frozen=True):
@@ -75,25 +75,27 @@ class Backlog:
             self._append(priority, ready)
 
     def _append(self, priority: int, jobs: Sequence[Job]) -> None:
-        """Put jobs, in order of seq, at the end of a line; what there is no room for is behind its cursor."""
+        # One with a client's id may come after later ones: what is not behind the cursor is never found in the spool.
         line = self.line(priority)
         if not ((line.stored or self.frozen) and jobs[-1].seq > line.cursor):
-            count, size = len(jobs), sum([len(job.arguments) for job in jobs])
-            if not self._fits(count, size):
+            size = sum([len(job.arguments) for job in jobs])
+            if not self._fits(len(jobs), size):
                 self._displace(priority)
-            if self._fits(count, size):
+            if self._fits(len(jobs), size):
                 line.jobs.extend(jobs)
-                self.in_memory += count
+                line.cursor = max(line.cursor, jobs[-1].seq)
+                self.in_memory += len(jobs)
                 self.bytes_in_memory += size
                 return
         for job in jobs:
-            if ((line.stored or self.frozen) and job.seq > line.cursor) or not self._has_room(line):
-                if not (line.stored or self.frozen):
-                    line.cursor = job.seq - 1
+            if job.seq > line.cursor and (line.stored or self.frozen or not self._has_room(line)):
                 line.stored += 1
                 self.spilled.append(job)
+                if line.loading:
+                    line.meanwhile.append(job)
             else:
                 line.jobs.append(job)
+                line.cursor = max(line.cursor, job.seq)
                 self.count_in([job])
 
     def _fits(self, count: int, size: int) -> bool:
@@ -104,9 +106,8 @@ class Backlog:
         for other, line in reversed(self.lines.items()):
             if other <= priority:
                 return
-            # What is to be found behind the cursor again: it never was with a worker, so that no worker has a job
-            # of a later seq, and it is ready on the disk (see rows), which one that was ever delayed is not.
-            movable = [job.seq for job in line.jobs if job.ready_at <= job.submitted and job.seq > line.returned]
+            # what is found behind the cursor again, and nothing else: see `pinned`; what was delayed is not (see rows)
+            movable = [job.seq for job in line.jobs if job.ready_at <= job.submitted and job.seq > line.pinned]
             if line.loading or len(movable) < self.window / 16:
                 continue
             line.cursor = movable[(len(movable) - 1) // 2]
@@ -126,9 +127,8 @@ class Backlog:
             self.scheduled_cursor = (-inf, 0)
 
     def freeze(self, first: int) -> None:
-        """Dead jobs are about to be made ready in the spool, under seqs from `first` on.
-
-        Until `thaw` no cursor passes `first`: what comes in stays in the spool, and nothing is read from it.
+        """Dead jobs are about to be made ready in the spool, under seqs from `first` on. Until `thaw` no cursor passes
+        that: what comes in stays in the spool, and nothing is read from it.
         """
         self.frozen = first
         for line in self.lines.values():
@@ -186,21 +186,26 @@ class Backlog:
             return Refill(None, self.scheduled_cursor, int(self.window / 4))
         return None
 
-    def refilled(self, refill: Refill, jobs: Sequence[Job]) -> None:
-        """Take in what the spool had for `refill`."""
-        if self.frozen:  # it may have read past what is being revived
+    def refilled(self, refill: Refill, jobs: Sequence[Job]) -> bool:
+        """Take in what the spool had for `refill`; False: not now, for it may have read past what is being revived."""
+        if self.frozen:
             self.refill_failed(refill)
-            return
+            return False
         if refill.priority is None:
             self._refill_schedule(jobs)
-            return
+            return True
         line = self.lines[refill.priority]
         line.loading = False
-        line.stored -= len(jobs)
-        line.jobs.extend(jobs)
-        self.count_in(jobs)
         if jobs:
             line.cursor = jobs[-1].seq
+            line.pinned = max([line.pinned, *[job.seq for job in jobs if job.ready_at > job.submitted]])
+        read = {job.seq for job in jobs}
+        missed = [job for job in line.meanwhile if job.seq < line.cursor and job.seq not in read]
+        line.meanwhile.clear()
+        line.stored -= len(jobs) + len(missed)
+        line.jobs.extend((*jobs, *missed))
+        self.count_in((*jobs, *missed))
+        return True
 
     def refill_failed(self, refill: Refill) -> None:
         """The spool could not be read; `wanted` will ask again."""
@@ -209,6 +214,7 @@ class Backlog:
             self._meanwhile.clear()
         else:
             self.lines[refill.priority].loading = False
+            self.lines[refill.priority].meanwhile.clear()
 
     def _refill_schedule(self, jobs: Sequence[Job]) -> None:
         self.scheduled_loading = False
@@ -226,25 +232,20 @@ class Backlog:
     def withdraw(self, jobs: Iterable[Job]) -> int:
         """Forget jobs that the spool could not store, if they are here; returns how many were."""
         gone = {job.seq: job for job in jobs if job.state in (State.READY, State.SCHEDULED)}
-        count = len(gone)
+        seqs = set(gone)
         for line in self.lines.values():
-            withdrawn = [job for job in line.jobs if job.seq in gone]
-            if withdrawn:
-                line.jobs = deque(job for job in line.jobs if job.seq not in gone)
+            if withdrawn := [gone.pop(job.seq) for job in line.jobs if job.seq in gone]:
+                line.jobs = deque(job for job in line.jobs if job.seq not in seqs)
                 self.count_out(withdrawn)
-                for job in withdrawn:
-                    del gone[job.seq]
-        in_memory = {seq for _, seq, _ in self.scheduled if seq in gone}
-        self.scheduled = [entry for entry in self.scheduled if entry[1] not in in_memory]
+        here = {seq for _, seq, _ in self.scheduled if gone.pop(seq, None)}
+        self.scheduled = [entry for entry in self.scheduled if entry[1] not in here]
         heapq.heapify(self.scheduled)
         for job in gone.values():  # what is left was never in memory
-            if job.seq in in_memory:
-                continue
             if job.state == State.READY:
                 self.lines[job.options.priority].stored -= 1
             else:
                 self.scheduled_stored -= 1
-        return count
+        return len(seqs)
 
     def count_in(self, jobs: Sequence[Job]) -> None:
         """These jobs are in a line in memory now."""
@@ -278,7 +279,6 @@ class Backlog:
             job.become(State.READY)
             line = self.line(job.options.priority)
             line.jobs.appendleft(job)
-            line.returned = max(line.returned, job.seq)
         self.count_in(jobs)
 
     def ready_count(self) -> int:

@@ -172,6 +172,8 @@ class Control:
 
     async def _revive(self, selection: dict[str, Any], limit: int) -> int:
         # revived jobs join the end of their lines, so they need new places in the order
+        if not limit:
+            return 0
         engine, now = self.engine, time.time()
         first = engine.next_seq
         engine.next_seq += limit

@@ -273,12 +273,13 @@ class Engine:
             jobs = await self.writer.call(read)
         except SpoolError as error:
             log.error("the backlog cannot be read: %s", error, extra={"event": "spool_failed"})
+            await asyncio.sleep(EMPTY_REFILL)
             self.queue.backlog.refill_failed(refill)
+            self.settled()
             return
-        if self.waiters:
+        if self.queue.backlog.refilled(refill, jobs) and self.waiters:
             for job in jobs:
                 job.waiter = self.waiters.pop(job.seq, None)
-        self.queue.backlog.refilled(refill, jobs)
         if not jobs:  # it is not there yet: it may be that the disk refuses to take it
             await asyncio.sleep(EMPTY_REFILL)
         self.pool.dispatch()

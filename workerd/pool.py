@@ -243,15 +243,19 @@ class Pool:
 
     def catch_up(self, process: WorkerProcess) -> None:
         """Settle what it has finished and will not report before its present job ends."""
+        if self._catch_up(process):
+            self._after(process)
+
+    def _catch_up(self, process: WorkerProcess) -> bool:
         if process.broken:
-            return
+            return False
         done = process.slot[DONE]
-        process.read_all(self._on_message)
-        self._settler.catch_up(process, done)
-        self._after(process)
+        came = process.read_all(self._on_message)
+        return self._settler.catch_up(process, done) or came
 
     def _visible(self, process: WorkerProcess, keep: int) -> None:
         self.queue.release(process.holder, keep)
+        self._catch_up(process)
         self._after(process)
 
     # --- the end ------------------------------------------------------------------------------------------

@@ -63,6 +63,7 @@ class WorkerProcess:
         self.looked_at = -1  # position of the latest job begun when the dispatcher last looked
         self.watch: asyncio.TimerHandle | None = None
         self._watch_at = 0.0  # uvloop's handles do not tell
+        self._visible: asyncio.TimerHandle | None = None  # when what is taken back surely is
         self._dismissed = False
         for word in range(claims.WORDS):
             slot[word] = 0
@@ -100,16 +101,19 @@ class WorkerProcess:
             return False
         return messages is not None
 
-    def read_all(self, on_message: Callable[[WorkerProcess, Any], None]) -> None:
-        """Read until there is nothing left: of a dead worker, whoever else may still hold its ends open."""
+    def read_all(self, on_message: Callable[[WorkerProcess, Any], None]) -> bool:
+        """Read all that there is, whoever else may hold the worker's ends open; whether there was anything."""
+        came = False
         while self.read(on_message):
-            pass
+            came = True
+        return came
 
     def close(self) -> None:
         """Forget it; a worker that lives sees its end and exits."""
         self.channel.close()
-        if self.watch is not None:
-            self.watch.cancel()
+        for timer in (self.watch, self._visible):
+            if timer is not None:
+                timer.cancel()
 
     def dismiss(self) -> None:
         """Ask a worker that holds nothing to exit; one that does not obey within the grace time is killed."""
@@ -170,7 +174,7 @@ class WorkerProcess:
             if self.revoked_to:
                 on_visible(self, max(first - 1, self.slot[claims.STARTED]))
 
-        self.loop.call_later(claims.VISIBLE, visible)
+        self._visible = self.loop.call_later(claims.VISIBLE, visible)
 
     def revocation_over(self) -> None:
         """The worker has passed the revoked range, or stopped at it: it may be given jobs again."""

@@ -138,6 +138,7 @@ class JobQueue:
         for job in jobs:
             job.state = running
         self.backlog.count_out(jobs)
+        line.pinned = max(line.pinned, *[job.seq for job in jobs])
         self.held += len(jobs)
         batch = Batch(holder.position + 1, jobs, cost)
         holder.batches.append(batch)

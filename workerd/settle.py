@@ -130,13 +130,14 @@ class Settler:
         self.queue.crashed(job, time.time())
         self.observer.failed(job, "crashed", CRASHED, duration)
 
-    def catch_up(self, process: WorkerProcess, done: int) -> None:
-        """Take the jobs up to position `done` for successes, which the worker has not reported yet.
+    def catch_up(self, process: WorkerProcess, done: int) -> bool:
+        """Take the jobs up to position `done` for successes, which the worker has not reported yet; False: none are.
 
         `done` was read from its slot before its pipe was read to the end, so that these are successes only, with
         their results in the outbox. How long each took is an estimate.
         """
         holder, found = process.holder, process.channel.outbox.read()
+        settled = False
         while holder.batches and (count := min(done + 1 - holder.batches[0].first, len(holder.batches[0].jobs))) > 0:
             batch = holder.batches[0]
             results: list[Ending] = []
@@ -148,9 +149,11 @@ class Settler:
                     break
                 results.append((place, worker.RESULT, result))
             if not count:
-                return
+                break
             each = int(batch.cost / len(batch.jobs) * 1e9)
             self._succeeded(self._take_out(process, batch.first, count), [each] * count, process.slot[SINCE], results)
+            settled = True
+        return settled
 
     def dead(self, process: WorkerProcess, *, charge: bool) -> Job | None:
         """Settle what a dead worker held; returns the job that it took with it, if one is to be charged."""

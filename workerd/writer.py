@@ -9,6 +9,7 @@ sooner than they could be written are left in peace for as long as that should t
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 import time
 from collections import deque
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from workerd.spool import Spool
+
+log = logging.getLogger("workerd")
 
 T = TypeVar("T")
 
@@ -177,10 +180,10 @@ class Writer:
             job.stored = True
         for job in changes.keyed:
             job.stored = True
-        if changes:
+        if changes or self.failing:  # else nobody would learn that the disk works again
             self._committing = self._loop.create_future()
             ended = partial(self._guard, self._end, time.perf_counter(), entries, changes)
-            self._on_thread(partial(self.spool.commit, changes), ended)
+            self._on_thread(partial(self.spool.commit, changes) if changes else self.spool.probe, ended)
         else:
             for entry in entries:
                 entry.pending.committed(NOTHING)
@@ -196,7 +199,7 @@ class Writer:
         due = max((i for i, seconds in enumerate(left, 1) if hurried or seconds <= 0), default=0)
         taken = [self._entries.popleft() for _ in range(due)]
         if self._entries:
-            self._alarm.within(max(0.001, left[due]))
+            self._alarm.within(max(0.001, min(left[due:])))
         return taken
 
     def _end(
@@ -246,6 +249,8 @@ class Writer:
         if self._committing is not None:
             await self._committing
         self._alarm.cancel()
+        if ends := len(self.changes.deletes) + len(self.changes.succeeded) + len(self.changes.buried):
+            log.error("%d jobs have ended, which could not be written: they run again", ends)
         closed: asyncio.Future[None] = self._loop.create_future()
         self._on_thread(self.spool.close, lambda _result, _error: closed.set_result(None))
         await closed
