@@ -146,6 +146,16 @@ def test_results_do_not_wait_for_a_slow_job_behind_them(tmp_path: Path) -> None:
         assert daemon.status()["jobs"]["running"] == 1
 
 
+def test_results_do_not_wait_for_a_slow_job_while_the_daemon_stops(tmp_path: Path) -> None:
+    """A drain waits for the slow job; who wanted the results of those before it has them at once."""
+    with Daemon(tmp_path, SOURCE, workers={"count": 1, "drain_timeout": 600}) as daemon, daemon.connect() as client:
+        jobs = quick_steps(daemon, tmp_path / "marks", "sleep")[:21]  # the slow one is the last
+        client.send(jobs)
+        assert len(client.recv()) == 21
+        daemon.kill(signal.SIGTERM)
+        assert [client.recv()["result"] for _ in range(20)] == list(range(20))
+
+
 @pytest.mark.parametrize("kind", ["exit", "interrupt", "base"])
 def test_no_exception_ends_a_worker(daemon: Daemon, kind: str) -> None:
     """SystemExit, KeyboardInterrupt and any BaseException fail the job; the worker's process lives on."""

@@ -33,6 +33,9 @@ class Workers(Protocol):
 
     observer: Observer
 
+    def workers(self) -> list[WorkerProcess]:
+        """All workers, those that are to go, too."""
+
     def working(self) -> list[WorkerProcess]:
         """The workers that may be given jobs now."""
 
@@ -56,14 +59,14 @@ class Dispatcher:
         self._due = Alarm(loop, self._wake)
 
     def stop(self) -> None:
-        """Give out nothing more."""
+        """Give out nothing more. What workers finish is settled as before."""
         self.stopped = True
         self._due.cancel()
-        self._look.cancel()
 
     def dispatch(self) -> None:
         """Give ready jobs to workers that can take them."""
         if self.stopped:
+            self._look_later()
             return
         queue = self._queue
         self._promote()
@@ -82,7 +85,7 @@ class Dispatcher:
                     process.assign(batch)
             if not given:
                 break
-        self._look_later(working)
+        self._look_later()
 
     def patience(self, priority: int) -> float:
         """Seconds in which the waiting jobs of this priority should all have ended; 0 when that is not soon."""
@@ -93,15 +96,15 @@ class Dispatcher:
         expected = (ahead + self._queue.held) * max(self._queue.pace / free, OVERHEAD)
         return LEEWAY + 2 * expected if expected < LONGEST_PATIENCE else 0.0
 
-    def _look_later(self, working: list[WorkerProcess]) -> None:
-        if any(process.holder.several for process in working):
-            idle = any(not process.holder.batches for process in working)
+    def _look_later(self) -> None:
+        if any(process.holder.several for process in self._workers.workers()):
+            idle = any(process.idle for process in self._workers.working())
             self._look.within(LOOK_SOON if idle else LOOK_LATER)
 
     def _look_at_all(self) -> None:
         """Where a job turns out to be slow, the jobs before it are settled, and those behind it given to the idle."""
         again = False
-        for process in self._workers.working():
+        for process in [process for process in self._workers.workers() if process.holder.batches]:
             running = process.running()
             if running is not None and running[2] < SLOW:
                 again = True
@@ -112,10 +115,11 @@ class Dispatcher:
                     again = True
                     continue
             self._workers.catch_up(process)
-            if process.unstarted() and not self._queue.has_ready() and any(w.idle for w in self._workers.working()):
+            idle = not self.stopped and any(other.idle for other in self._workers.working())
+            if idle and process.unstarted() and not self._queue.has_ready():
                 self._workers.take_back(process)
         if again:
-            self._look_later(self._workers.working())
+            self._look_later()
 
     def _promote(self) -> None:
         """Let the scheduled jobs that are due join their lines, and wake when the next one is."""

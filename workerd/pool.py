@@ -269,6 +269,7 @@ class Pool:
         self.dispatcher.stop()
         for process in self.workers():
             self.take_back(process)
+        self.dispatch()
         self._drained.clear()
         if self._holding():
             with contextlib.suppress(TimeoutError):
