@@ -11,7 +11,7 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invaria
 
 from workerd.backlog import Backlog, Refill
 from workerd.job import TRANSITIONS, Backoff, IllegalTransition, Job, Options, State
-from workerd.queue import BATCH_SECONDS, Holder, JobQueue
+from workerd.queue import BATCH_SECONDS, SMALL_BATCH, Holder, JobQueue
 
 
 def make(seq: int, target: str = "t", *, ready_at: float = 0.0, arguments: bytes = b"null", **options: Any) -> Job:
@@ -43,6 +43,25 @@ def test_first_come_first_served_within_a_priority_and_urgent_first() -> None:
     assert seqs(batch.jobs) == [5]
     assert (batch := queue.take(Holder())) is not None
     assert seqs(batch.jobs) == [1, 3]
+
+
+def test_little_of_the_less_urgent_is_given_out_while_urgent_jobs_keep_coming() -> None:
+    """A worker that is free for a moment between two urgent jobs takes a few of the others; with no more of the
+    urgent, soon as many as ever.
+    """
+    queue = quick(JobQueue())
+    queue.enter([make(seq, priority=200) for seq in range(1, 10_001)])
+    queue.enter([make(10_001)])
+
+    def given() -> int:
+        batch = queue.take(Holder())
+        return len(batch.jobs) if batch else 0
+
+    sizes = [given() for _ in range(8)]
+    assert sizes[:3] == [1, SMALL_BATCH, 2 * SMALL_BATCH]
+    assert sizes[-1] == max(sizes) > 8 * SMALL_BATCH
+    queue.enter([make(10_002)])
+    assert [given(), given()] == [1, SMALL_BATCH]
 
 
 def test_unknown_and_slow_targets_travel_alone_and_quick_ones_together() -> None:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 BATCH_JOBS = 2048
 BATCH_SECONDS = 0.002  # estimated work in one batch; a slower job travels alone
+SMALL_BATCH = 64  # jobs, to begin with, of one that is less urgent than what has come of late
 LEARNING = 0.2  # weight of the newest batch in a target's estimate
 
 
@@ -71,6 +72,8 @@ class JobQueue:
         self.backlog = Backlog(window, window_bytes)
         self.total = 0  # jobs that have not ended, wherever they are
         self.held = 0  # jobs that workers have been given
+        self.came = 0  # priority of what has come of late ...
+        self.less_urgent = BATCH_JOBS  # ... and how many jobs, at most, of a lower one are given out at once
         self.estimates: dict[str, float] = {}  # seconds that a job of each target takes
         self.pace = inf  # ... and one of the present mixture
 
@@ -84,6 +87,8 @@ class JobQueue:
         """Take in accepted jobs."""
         self.total += len(jobs)
         self.backlog.enter(jobs)
+        if jobs and ((priority := jobs[0].options.priority) <= self.came or self.less_urgent >= BATCH_JOBS):
+            self.came, self.less_urgent = priority, SMALL_BATCH
 
     def recover(self, ready: dict[int, int], scheduled: int) -> None:
         """Start on a spool that holds so many ready jobs of each priority, and so many scheduled ones."""
@@ -116,9 +121,14 @@ class JobQueue:
         # two quick batches at most, so that the worker has work while a report travels; nothing behind a slow job
         if line is None or len(held) > 1 or holder.slow:
             return None
+        priority = line.jobs[0].options.priority
         # nor what is less urgent than what it has: of that more may come before it is free
-        if held and line.jobs[0].options.priority > held[0].jobs[0].options.priority:
+        if held and priority > held[0].jobs[0].options.priority:
             return None
+        # nor much of it at once while more urgent jobs keep coming, of which none is there at the moment
+        if priority > self.came and self.less_urgent < BATCH_JOBS:
+            most = min(most, self.less_urgent)
+            self.less_urgent *= 2
         jobs: list[Job] = []
         waiting = line.jobs
         cost = estimate = 0.0

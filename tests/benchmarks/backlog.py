@@ -94,7 +94,7 @@ class Backlog:
 
 def measure(options: Options) -> Section:
     """See the module."""
-    sizes, jobs = (QUICK_SIZES, 20_000) if options.quick else (SIZES, 200_000)
+    sizes, jobs = (QUICK_SIZES, 20_000) if options.quick else (SIZES, 1_000_000)
     edge = sizes[1]  # so many jobs at the beginning and at the end of the filling are compared
     results = Results()
     fills = []
