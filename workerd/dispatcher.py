@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 LOOK_SOON = 0.001  # seconds after which a worker that was given several jobs is looked at, while another is idle
 LOOK_LATER = 0.005  # ... while none is
 SLOW = 0.001  # seconds after which a job that others were given with is slow
-OVERHEAD = 2e-6  # seconds that the daemon itself spends on a job
+OVERHEAD = 1e-6  # seconds that the daemon itself spends on a job
 LEEWAY = 0.001  # seconds that a quick job may take longer than expected
 LONGEST_PATIENCE = 0.1  # seconds; what is not expected to end within that is written at once
 CLOCK_CHECK = 60.0  # seconds after which a wait for a wall-clock time looks at the clock, which may have been set
@@ -70,7 +70,7 @@ class Dispatcher:
             return
         queue = self._queue
         self._promote()
-        working = self._workers.working()
+        working = [process for process in self._workers.working() if not process.holder.full]
         while queue.has_ready() and working:
             # the idle first, and no more for each than its share while there is little
             working.sort(key=lambda process: len(process.holder.batches))

@@ -54,6 +54,7 @@ class Engine:
         self.draining = False
         self.waiters: dict[int, Reply] = {}  # by seq: who waits for a job that is only in the spool at present
         self.dead = 0
+        self.ended = False  # jobs have, since the writer last looked for those that nobody need wait for any more
         self.pool: Pool
         self.on_change: Callable[[], None] = lambda: None
 
@@ -147,6 +148,7 @@ class Engine:
     # --- out: the pool's Observer -------------------------------------------------------------------------
 
     def succeeded(self, target: str, jobs: list[Job], durations: list[int], started: int) -> None:
+        self.ended = True
         now = time.time()
         first = now - (time.monotonic_ns() - started) * 1e-9
         if log.isEnabledFor(logging.DEBUG):
@@ -249,7 +251,9 @@ class Engine:
 
     def settled(self) -> None:
         queue, writer = self.queue, self.writer
-        writer.collect()
+        if self.ended:
+            self.ended = False
+            writer.collect()
         if queue.backlog.spilled:
             spilled, queue.backlog.spilled = queue.backlog.spilled, []
             self.waiters |= {job.seq: job.waiter for job in spilled if job.waiter is not None}

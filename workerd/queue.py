@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 BATCH_JOBS = 2048
 BATCH_SECONDS = 0.002  # estimated work in one batch; a slower job travels alone
-SMALL_BATCH = 64  # jobs, to begin with, of one that is less urgent than what has come of late
+SMALL_BATCH = 16  # jobs, to begin with, of one that is less urgent than what has come of late
 LEARNING = 0.2  # weight of the newest batch in a target's estimate
 
 
@@ -48,9 +48,14 @@ class Holder:
         return sum(len(batch.jobs) for batch in self.batches)
 
     @property
+    def full(self) -> bool:
+        """Whether it has two batches: one to run, and one for while a report travels."""
+        return len(self.batches) > 1
+
+    @property
     def several(self) -> bool:
         """Whether a job waits behind another."""
-        return len(self.batches) > 1 or (bool(self.batches) and len(self.batches[0].jobs) > 1)
+        return self.full or (bool(self.batches) and len(self.batches[0].jobs) > 1)
 
     @property
     def slow(self) -> bool:
@@ -118,8 +123,7 @@ class JobQueue:
         """
         line = next((line for line in self.backlog.lines.values() if line.jobs), None)
         held = holder.batches
-        # two quick batches at most, so that the worker has work while a report travels; nothing behind a slow job
-        if line is None or len(held) > 1 or holder.slow:
+        if line is None or holder.full or holder.slow:  # nothing behind a slow job
             return None
         priority = line.jobs[0].options.priority
         # nor what is less urgent than what it has: of that more may come before it is free

@@ -98,7 +98,8 @@ class Writer:
 
     def add(self, jobs: list[Job], keyed: list[Job], pending: Pending) -> None:
         """Make jobs safe; `pending` is told when they are. Those in `keyed` are not to be run before that."""
-        if not (self.durable or keyed or self._entries) and len(jobs) < FEW:
+        few = not (self.durable or keyed or self._entries) and len(jobs) < FEW
+        if few or not (jobs or keyed):
             pending.committed(NOTHING)
             return
         entry = Entry(self._loop.time(), jobs, keyed, pending)

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from daemon_process import Daemon
     from options import Options
 
-BLOCK = 50  # jobs of one system before it is the next one's turn
+BLOCK = 500  # jobs of one system before it is the next one's turn
 PROBE = 400_000  # jobs that find the peak, after as many that warm up
 MOMENTS = ("accepted", "started", "result")
 APPEND = "bare append and fdatasync"
