@@ -95,6 +95,6 @@ def machine() -> dict[str, str]:
     cpu = next((line.partition(": ")[2] for line in lines if line.startswith("model name")), "unknown processor")
     return {
         "processor": f"{multiprocessing.cpu_count()} x {cpu}",
-        "system": f"Linux {platform.release()}, Python {platform.python_version()}",
+        "system": f"Linux {platform.release().partition('-')[0]}, Python {platform.python_version()}",
         "date": time.strftime("%Y-%m-%d"),
     }
