@@ -36,6 +36,7 @@ class System:
     def __enter__(self) -> Self:
         self.folder.mkdir()
         try:
+            self.prepare()
             self.start()
         except BaseException:
             self._exits.close()
@@ -44,6 +45,9 @@ class System:
 
     def __exit__(self, *_: object) -> None:
         self._exits.close()
+
+    def prepare(self) -> None:
+        """What has to be there before anything is started."""
 
     def start(self) -> None:
         """Start servers and workers; `spawn` sees to their end."""
@@ -83,17 +87,10 @@ class Peer(System):
         super().__init__(folder)
         self.counter = folder / "done"
 
-    def __enter__(self) -> Self:
-        self.folder.mkdir()
+    def prepare(self) -> None:
         self.counter.write_bytes(bytes(16 * SLOTS))
         with self.counter.open("r+b") as file:
             self._counts = memoryview(mmap.mmap(file.fileno(), 16 * SLOTS)).cast("Q")
-        try:
-            self.start()
-        except BaseException:
-            self._exits.close()
-            raise
-        return self
 
     def python(self, *arguments: str | Path, environment: dict[str, str] | None = None) -> subprocess.Popen[bytes]:
         """Start a Python program, say a worker, which can `import peers.counter`, and count."""
