@@ -242,6 +242,24 @@ def test_a_job_scheduled_while_the_schedule_is_read_is_not_left_behind() -> None
     assert backlog.scheduled_cursor == (100.0, 10)
 
 
+def test_revived_jobs_are_not_read_a_second_time() -> None:
+    """A revived job is ready on the disk, although it became ready after it was submitted. Once it is in memory, the
+    cursor is never set before it again.
+    """
+    backlog = Backlog(window=4)
+    backlog.enter([make(seq) for seq in range(1, 3)])
+    backlog.freeze(3)
+    backlog.thaw({100: 1})
+    refill = backlog.wanted() or Refill(100, (0.0, 2), 1)
+    backlog.refilled(refill, [make(3, ready_at=9.0)])
+    backlog.enter([make(4)])
+    backlog.enter([make(seq, priority=5) for seq in range(5, 9)])
+    line = backlog.lines[100]
+    assert 3 in seqs(list(line.jobs))
+    assert line.cursor >= 3
+    assert line.stored >= 0
+
+
 def test_a_job_that_comes_late_is_found_although_there_is_no_room() -> None:
     """A job with a client's id joins once it is stored. If later ones are in memory by then, no cursor can be set
     before it: it is taken in.
