@@ -277,8 +277,7 @@ class Backlog:
         """Jobs that were taken, and not begun, return to the front of their lines, in order."""
         for job in reversed(jobs):
             job.become(State.READY)
-            line = self.line(job.options.priority)
-            line.jobs.appendleft(job)
+            self.line(job.options.priority).jobs.appendleft(job)
         self.count_in(jobs)
 
     def ready_count(self) -> int:

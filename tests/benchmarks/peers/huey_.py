@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from peers.redis_ import RedisPeer, warm_up
+from peers.redis_ import RedisPeer
 from peers.system import WORKERS, Peer
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ class HueySQLite(Peer):
         self._huey = on_sqlite(file, durable=self.durable)
         self._exits.callback(self._huey.storage.close)
         self.python(*CONSUMER, *OPTIONS, environment={"HUEY_DB": str(file), "DURABLE": "1" if self.durable else ""})
-        warm_up(self)
+        self.warm_up()
 
     def submit(self, jobs: int, arguments: Any) -> None:
         for _ in range(jobs):

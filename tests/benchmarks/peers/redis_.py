@@ -10,13 +10,13 @@ import json
 import os
 import sys
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from peers.system import SLOTS, WORKERS, Peer
+from peers.system import WORKERS, Peer
 
 if TYPE_CHECKING:
     import subprocess
+    from pathlib import Path
 
 BATCH = 500  # jobs in a command
 QUEUE = "jobs"
@@ -45,20 +45,6 @@ class RedisPeer(Peer):
         """Start a Python program that finds the server's socket in $REDIS_SOCKET, and in $DURABLE what we are."""
         own = {"REDIS_SOCKET": str(self.socket), "DURABLE": "1" if self.durable else ""}
         return self.python(*arguments, environment=own | environment)
-
-    def warm_up(self) -> None:
-        """Run jobs until every worker process has done one."""
-        warm_up(self)
-
-
-def warm_up(peer: Peer) -> None:
-    """Run jobs until every worker process has done one: none is still starting when the measuring starts."""
-    slots = Path(f"{peer.counter}.slots")
-    deadline = time.monotonic() + 60
-    while not slots.exists() or slots.stat().st_size < WORKERS:
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"{peer.name}: not all workers work; see the logs in {peer.folder}")
-        peer.run(SLOTS, {})
 
 
 def connect(path: Path | str) -> Any:

@@ -10,10 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Self
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
+from typing import Any, ClassVar, Self
 
 WORKERS = 2
 WAIT = 0.0005  # seconds between two looks at the count
@@ -51,10 +48,6 @@ class System:
 
     def start(self) -> None:
         """Start servers and workers; `spawn` sees to their end."""
-
-    def submit(self, jobs: int, arguments: Any) -> None:
-        """Submit so many jobs that do nothing, as fast as the system takes them."""
-        raise NotImplementedError
 
     def run(self, jobs: int, arguments: Any) -> float:
         """Jobs per second, from the first submit until the last job is done."""
@@ -96,6 +89,19 @@ class Peer(System):
         """Start a Python program, say a worker, which can `import peers.counter`, and count."""
         own = {"PYTHONPATH": str(Path(__file__).parents[1]), "COUNTER": str(self.counter)}
         return self.spawn(sys.executable, *arguments, environment=own | (environment or {}))
+
+    def submit(self, jobs: int, arguments: Any) -> None:
+        """Submit so many jobs that do nothing, as fast as the system takes them."""
+        raise NotImplementedError
+
+    def warm_up(self) -> None:
+        """Run jobs until every worker process has done one: none is still starting when the measuring starts."""
+        slots = Path(f"{self.counter}.slots")
+        deadline = time.monotonic() + 60
+        while not slots.exists() or slots.stat().st_size < WORKERS:
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"{self.name}: not all workers work; see the logs in {self.folder}")
+            self.run(SLOTS, {})
 
     def done(self) -> int:
         """Jobs that all workers together have done."""
@@ -161,8 +167,3 @@ def wait_for_port(port: int) -> None:
             time.sleep(0.01)
         else:
             return
-
-
-def chosen(systems: Sequence[type[System]], names: Sequence[str]) -> list[type[System]]:
-    """Those whose names contain one of these words, all if there are none."""
-    return [system for system in systems if not names or any(word in system.name for word in names)]
