@@ -19,11 +19,13 @@ PACKAGE = ROOT / "workerd"
 LAYERS: list[set[str]] = [
     {"errors", "job", "values"},
     {
+        "access",
         "alarm",
         "protocol",
         "config",
         "backlog",
         "queue",
+        "quotas",
         "claims",
         "frames",
         "log",
@@ -31,12 +33,13 @@ LAYERS: list[set[str]] = [
         "output",
         "rows",
         "spoolfile",
+        "upkeep",
     },
     {
         *("spool", "writer", "feeder", "socketfile", "metrics", "scrape", "notify"),
         *("worker", "zygote", "forkserver", "channel", "process", "generation", "settle", "dispatcher", "pool"),
     },
-    {"answer", "engine", "control", "recovery", "reporter", "daemon"},
+    {"answer", "engine", "admission", "control", "recovery", "reporter", "daemon"},
     {
         *("cli", "exits", "reports", "submission", "daemonize", "terminal"),
         *("client", "connection", "lines", "pipeline", "replies", "local", "__main__", "__init__"),
@@ -44,7 +47,9 @@ LAYERS: list[set[str]] = [
 ]
 # ... and, beside itself, only as said here.
 NEIGHBOURS: dict[str, set[str]] = {
-    "queue": {"backlog"},
+    "config": {"access"},
+    "queue": {"backlog", "quotas"},
+    "upkeep": {"spoolfile"},
     "writer": {"spool"},
     "zygote": {"worker"},
     "forkserver": {"worker", "zygote"},
@@ -53,10 +58,10 @@ NEIGHBOURS: dict[str, set[str]] = {
     "settle": {"worker", "process"},
     "dispatcher": {"process", "settle"},
     "pool": {"worker", "forkserver", "process", "generation", "settle", "dispatcher"},
-    "engine": {"answer"},
-    "control": {"engine"},
+    "admission": {"answer", "engine"},
+    "control": {"admission", "engine"},
     "reporter": {"control"},
-    "daemon": {"engine", "control", "recovery", "reporter"},
+    "daemon": {"engine", "admission", "control", "recovery", "reporter"},
     "lines": {"replies"},
     "pipeline": {"connection", "lines", "replies"},
     "client": {"connection", "lines", "pipeline", "replies"},
@@ -73,7 +78,7 @@ HIGHEST_LAYER_SEEN = dict.fromkeys(("client", "connection", "lines", "pipeline",
 ALONE = {"examples"}
 
 # No clock, no sleep, no I/O: these get all they know passed in.
-PURE = {"errors", "job", "backlog", "queue", "protocol", "frames"}
+PURE = {"errors", "job", "backlog", "queue", "quotas", "protocol", "frames"}
 IMPURE = {
     *("asyncio", "datetime", "io", "logging", "multiprocessing", "os", "pathlib", "select", "signal"),
     *("socket", "sqlite3", "subprocess", "threading", "time", "uvloop"),

@@ -238,7 +238,7 @@ async def swarm(path: Path, clients: int, jobs: int) -> tuple[int, bool, list[in
         writer.close()
         return received
 
-    feeder = Feeder(max_line=2**20, max_connections=1024)
+    feeder = Feeder(max_line=2**20, max_connections=1024, user_connections=0)
     with socket.socket(socket.AF_UNIX) as sock:
         sock.bind(str(path))
         await feeder.listen(sock, handle)

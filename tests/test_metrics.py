@@ -31,6 +31,7 @@ NOW = Snapshot(
     oldest_ready=1.7e9,
     spool_bytes=4096,
     spool_failing=False,
+    spool_quarantined=0,
 )
 
 Series = dict[tuple[str, frozenset[tuple[str, str]]], float]
@@ -157,11 +158,12 @@ def test_gauges_come_from_the_snapshot() -> None:
 def test_no_ready_job_no_oldest() -> None:
     """With nothing ready the timestamp is absent, not 0: `time() - x` would be 57 years."""
     counts = Metrics([], "1")
-    counts.snapshot = lambda: Snapshot({}, {}, None, 0, spool_failing=True)
+    counts.snapshot = lambda: Snapshot({}, {}, None, 0, spool_failing=True, spool_quarantined=2)
     series = scrape(counts)
     assert "workerd_oldest_ready_job_timestamp_seconds" not in names(series)
     assert value(series, "workerd_jobs", state="ready") == 0
     assert value(series, "workerd_spool_failing") == 1
+    assert value(series, "workerd_spool_quarantined") == 2
 
 
 def test_snapshot_that_races_with_the_loop_is_asked_again() -> None:
@@ -193,7 +195,7 @@ def test_promtool_is_content() -> None:
     if (promtool := shutil.which("promtool")) is None:
         pytest.skip("promtool is not installed (Debian: package prometheus)")
     counts = Metrics(["resize"], "1")
-    for snapshot in (NOW, Snapshot({}, {}, None, 0, spool_failing=False)):
+    for snapshot in (NOW, Snapshot({}, {}, None, 0, spool_failing=False, spool_quarantined=0)):
         counts.snapshot = functools.partial(copy.copy, snapshot)
         counts.waits("resize", [0.001])
         command = [promtool, "check", "metrics"]

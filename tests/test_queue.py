@@ -159,8 +159,7 @@ def test_limits_and_refused_jobs() -> None:
     queue = quick(JobQueue(max_jobs=5, window=2))
     jobs = [make(1), make(2, ready_at=9.0), make(3), make(4)]
     queue.enter(jobs)
-    assert queue.room_for(1)
-    assert not queue.room_for(2)
+    assert queue.room() == 1
     assert seqs(queue.backlog.spilled) == [4]
     holder = Holder()
     batch = queue.take(holder, 1)

@@ -18,7 +18,7 @@ from msgspec import structs
 
 from workerd import rows
 from workerd.errors import SpoolError
-from workerd.job import Backoff, Job, Options, State
+from workerd.job import Backoff, Job, Options, State, Submitter
 from workerd.spool import Changes, Counts, Spool
 
 if TYPE_CHECKING:
@@ -98,6 +98,8 @@ def test_every_field_survives(spool: Spool) -> None:
         make(first + 2, arguments=b"\0", target="zürich_工作", options=odd),
         make(first + 3, arguments=b"\xff\0\xff", target='a"b\\c', options=odd, submitted=0.5, ready_at=0.5),
         make(first + 4, arguments="é".encode() * 5000, submitted=NOW + 1e-6, ready_at=NOW + 1e-6),
+        make(first + 5, submitter=Submitter(0, 1)),
+        make(first + 6, submitter=Submitter(2**32 - 2, 2**22)),
     ]
     keys = ["k", "ключ-é", 'quote"\\', "nul\0inside", "😀" * 128]
     keyed = [make(first + 10 + i, key=key, arguments=every_byte[i:]) for i, key in enumerate(keys)]
@@ -132,6 +134,7 @@ def test_batches_of_random_jobs_survive(spool: Spool) -> None:
             submitted=(at := NOW + chance.choice([0, chance.random()])),
             ready_at=at,
             attempts=chance.randrange(3),
+            submitter=chance.choice([None, Submitter(chance.randrange(3), chance.randrange(3))]),
         )
         for i in range(500)
     ]
@@ -187,7 +190,7 @@ def test_ids_are_remembered_then_purged(spool: Spool) -> None:
     job = make(spool.first_seq, key="a", arguments=b"x" * 100)
     spool.commit(Changes(keyed=[job]))
     spool.commit(Changes(succeeded=[(job.seq, 1000.0)]))
-    assert spool.counts() == Counts({}, 0, 0, None, None)
+    assert spool.counts() == Counts({}, 0, 0)
     again = make(spool.first_seq + 1, key="a")
     assert spool.commit(Changes(keyed=[again])).new == frozenset()
     assert spool.purge(1000.0) == 0
@@ -256,8 +259,8 @@ def test_a_whole_life_in_one_commit(spool: Spool) -> None:
             deletes=[deleted.seq],
         )
     )
-    assert spool.counts() == Counts({}, 0, 1, None, None)
-    assert seqs([dead.job for dead in spool.dead(0, 10, None)[0]]) == [buried.seq]
+    assert spool.counts() == Counts({}, 0, 1)
+    assert seqs([dead.job for dead in spool.dead({}, 0, 10, PLENTY)[0]]) == [buried.seq]
     assert spool.purge(NOW + 1) == 1
 
 
@@ -277,7 +280,7 @@ def test_buried_jobs_keep_their_error(spool: Spool) -> None:
     for job in (old, unknown, keyed):
         job.attempts, job.state = 3, State.DEAD
     spool.commit(Changes(buried=[(job, ERROR, NOW + 1) for job in (old, unknown, keyed)]))
-    dead, total = spool.dead(0, 10, None)
+    dead, total, _ = spool.dead({}, 0, 10, PLENTY)
     assert total == 3
     assert [one.job for one in dead] == [stored(old), stored(unknown), stored(keyed)]
     assert {(one.error, one.ended) for one in dead} == {(ERROR, NOW + 1)}
@@ -333,36 +336,50 @@ def test_bytes_bound_a_refill(spool: Spool) -> None:
 
 
 def test_counts(spool: Spool) -> None:
-    """All is counted by state, ready jobs by priority, with the oldest ready and the next scheduled."""
+    """All is counted by state, ready jobs by priority."""
     first = spool.first_seq
-    assert spool.counts() == Counts({}, 0, 0, None, None)
+    assert spool.counts() == Counts({}, 0, 0)
     jobs = [make(first + i, priority=i % 3, submitted=NOW + i, ready_at=NOW + i) for i in range(10)]
     late = [make(first + 20, delay=7), make(first + 21, delay=2)]
     spool.commit(Changes(inserts=jobs + late, buried=[(make(first + 30), ERROR, NOW)], deletes=[first]))
-    assert spool.counts() == Counts({0: 3, 1: 3, 2: 3}, 2, 1, NOW + 1, NOW + 2)
+    assert spool.counts() == Counts({0: 3, 1: 3, 2: 3}, 2, 1)
 
 
 # --- dead jobs --------------------------------------------------------------------------------------------
 
 
 def bury(spool: Spool) -> list[Job]:
-    """Six dead jobs: targets a and b by turns, the last two with ids of a client."""
+    """Six dead jobs: targets a and b by turns, those of b a user's; the last two with ids of a client."""
     jobs = [make(spool.first_seq + i, target="ab"[i % 2], priority=i % 3, attempts=2, crashes=1) for i in range(6)]
     jobs[4].key, jobs[5].key = "four", "five"
+    for job in jobs[1::2]:
+        job.submitter = Submitter(1001, 4321)
     spool.commit(Changes(buried=[(job, ERROR, NOW) for job in jobs]))
     return jobs
 
 
 def test_dead_jobs_are_listed_in_pages(spool: Spool) -> None:
-    """The dead are listed by seq from behind a cursor, of one target or of all, with the total."""
+    """The dead are listed by seq from behind a cursor, of one target, one user or all, with the total, and whether
+    more follow; a page ends when its arguments are many bytes.
+    """
     jobs = bury(spool)
-    page, total = spool.dead(0, 4, None)
-    assert (seqs([dead.job for dead in page]), total) == (seqs(jobs[:4]), 6)
-    page, total = spool.dead(page[-1].job.seq, 4, None)
-    assert (seqs([dead.job for dead in page]), total) == (seqs(jobs[4:]), 6)
-    page, total = spool.dead(jobs[0].seq, 4, "a")
-    assert (seqs([dead.job for dead in page]), total) == ([jobs[2].seq, jobs[4].seq], 3)
-    assert spool.dead(0, 4, "c") == ([], 0)
+
+    def page(selection: dict[str, object], after: int, limit: int, max_bytes: int) -> tuple[list[int], int, bool]:
+        found, total, more = spool.dead(selection, after, limit, max_bytes)
+        return seqs([dead.job for dead in found]), total, more
+
+    assert page({}, 0, 4, PLENTY) == (seqs(jobs[:4]), 6, True)
+    assert page({}, jobs[3].seq, 2, PLENTY) == (seqs(jobs[4:]), 6, False)
+    assert page({"target": "a"}, jobs[0].seq, 4, PLENTY) == ([jobs[2].seq, jobs[4].seq], 3, False)
+    assert page({"target": "c"}, 0, 4, PLENTY) == ([], 0, False)
+    assert page({"uid": 1001}, 0, 4, PLENTY) == (seqs([jobs[1], jobs[3], jobs[5]]), 3, False)
+    assert page({"uid": 1001, "target": "a"}, 0, 4, PLENTY) == ([], 0, False)
+    assert page({}, 0, 6, 2 * len(jobs[0].arguments)) == (seqs(jobs[:3]), 6, True)
+    assert page({}, 0, 6, 0) == (seqs(jobs[:1]), 6, True)
+
+
+def find_dead(spool: Spool, job_id: str, uid: int | None = None) -> list[int]:
+    return seqs([dead.job for dead in spool.dead({"id": job_id, "uid": uid}, 0, 10, PLENTY)[0]])
 
 
 def test_a_dead_job_is_found_by_its_id(spool: Spool) -> None:
@@ -370,9 +387,9 @@ def test_a_dead_job_is_found_by_its_id(spool: Spool) -> None:
     jobs = bury(spool)
     spool.commit(Changes(inserts=[make(spool.first_seq + 9)]))
     for job in jobs:
-        dead = spool.find_dead(job.key or f"{spool.identity}-{job.seq:x}")
-        assert dead is not None
-        assert dead.job.seq == job.seq
+        assert find_dead(spool, job.key or f"{spool.identity}-{job.seq:x}") == [job.seq]
+    assert find_dead(spool, "five", 1001) == [jobs[5].seq]
+    assert find_dead(spool, "four", 1001) == []
     wrong = (
         f"{spool.identity}-{jobs[4].seq:x}",
         f"{spool.identity}-{spool.first_seq + 9:x}",
@@ -380,7 +397,7 @@ def test_a_dead_job_is_found_by_its_id(spool: Spool) -> None:
         "-",
         str(jobs[0].seq),
     )
-    assert [spool.find_dead(job_id) for job_id in wrong] == [None] * len(wrong)
+    assert [find_dead(spool, job_id) for job_id in wrong] == [[]] * len(wrong)
 
 
 def test_ids_of_our_own(spool: Spool) -> None:
@@ -414,10 +431,10 @@ def test_revived_jobs_start_anew(spool: Spool) -> None:
     ]
     assert ready(spool, 0) == [stored(living), expected[0], expected[3]]
     assert ready(spool, 1) + ready(spool, 2) == [expected[1], expected[4], expected[2], expected[5]]
-    assert spool.dead(0, 10, None) == ([], 0)
+    assert spool.dead({}, 0, 10, PLENTY) == ([], 0, False)
     assert spool.revive({"all": True}, first + 100) == {}
     spool.commit(Changes(buried=[(ready(spool, 1)[0], ERROR, NOW)]))
-    assert spool.find_dead(names[1]) is not None
+    assert find_dead(spool, names[1])
 
 
 @pytest.mark.parametrize(
@@ -432,7 +449,7 @@ def test_what_is_chosen_is_revived(spool: Spool, chosen: dict[str, object], whic
     """One job by its id, those of a target, or all: the others stay dead."""
     jobs = bury(spool)
     assert sum(spool.revive(chosen, spool.first_seq + 1000).values()) == len(which)
-    left = seqs([dead.job for dead in spool.dead(0, 10, None)[0]])
+    left = seqs([dead.job for dead in spool.dead({}, 0, 10, PLENTY)[0]])
     assert left == [job.seq for i, job in enumerate(jobs) if i not in which]
 
 
@@ -447,7 +464,7 @@ def test_no_more_are_revived_than_there_are_seqs(spool: Spool) -> None:
     """`limit` keeps to the seqs that were set aside: those that died since wait for another call."""
     jobs, first = bury(spool), spool.first_seq + 1000
     assert sum(spool.revive({"all": True}, first, limit=4).values()) == 4
-    assert seqs([dead.job for dead in spool.dead(0, 10, None)[0]]) == seqs(jobs[4:])
+    assert seqs([dead.job for dead in spool.dead({}, 0, 10, PLENTY)[0]]) == seqs(jobs[4:])
 
 
 def test_a_name_that_a_client_took(spool: Spool) -> None:
@@ -466,7 +483,7 @@ def test_deleted_dead_jobs_leave_the_ids_of_clients(spool: Spool) -> None:
     assert spool.delete_dead({"id": "four"}, NOW) == 1
     assert spool.delete_dead({"id": "four"}, NOW) == 0
     assert spool.delete_dead({"all": True}, NOW) == 2
-    assert spool.counts() == Counts({}, 0, 0, None, None)
+    assert spool.counts() == Counts({}, 0, 0)
     assert spool.commit(Changes(keyed=[make(spool.first_seq + 60, key="five")])).new == frozenset()
     assert spool.purge(NOW + 1) == 2
 
@@ -520,10 +537,10 @@ def test_a_newer_schema_is_refused(path: Path) -> None:
     """A spool of a later version is not touched, and the message says so."""
     Spool.open(path).close()
     with sqlite3.connect(path) as db:
-        db.execute("PRAGMA user_version = 2")
+        db.execute("PRAGMA user_version = 3")
     db.close()
     before = path.read_bytes()
-    with pytest.raises(SpoolError, match=r"newer workerd \(schema 2, this one knows 1\)"):
+    with pytest.raises(SpoolError, match=r"newer workerd \(schema 3, this one knows 2\)"):
         Spool.open(path)
     assert path.read_bytes() == before
 

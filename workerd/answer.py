@@ -75,12 +75,18 @@ class Answer:
 
     def refuse_all(self, requests: list[protocol.JobRequest], code: Code, message: str) -> None:
         """No job of these is accepted."""
-        self.engine.metrics.rejected(code, len(requests))
         if self.batch:
+            self.engine.metrics.rejected(code, len(requests))
             self.reply.complete(protocol.refusal(code, message))
             return
-        ids = [None if request.id is UNSET else request.id for request in requests]
-        self.reply.complete(b"".join([protocol.refusal(code, message, job_id) for job_id in ids]))
+        self.refuse_rest(requests, code, message)
+        self.reply.complete(b"".join([line for line in self.entries if isinstance(line, bytes)]))
+
+    def refuse_rest(self, requests: list[protocol.JobRequest], code: Code, message: str) -> None:
+        """None of the lines that are left is accepted."""
+        self.engine.metrics.rejected(code, len(requests))
+        for request in requests:
+            self.refuse(protocol.refusal(code, message, None if request.id is UNSET else request.id))
 
     def committed(self, committed: Committed) -> None:
         """The writer: what was to be stored is stored."""

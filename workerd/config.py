@@ -18,6 +18,7 @@ import tomli
 from msgspec import Meta, Struct
 
 from workerd import values
+from workerd.access import Access
 from workerd.errors import ConfigError
 from workerd.job import Backoff, OptionFields, Options
 from workerd.values import MAX_SOCKET_PATH, MAX_WORKERS, key, shown
@@ -98,6 +99,7 @@ class Config(Struct, frozen=True, kw_only=True):
     workers: Workers = Workers()
     feeder: Feeder = Feeder()
     spool: Spool = Spool()
+    access: Access = Access()
     metrics: Metrics = Metrics()
     log: Log = Log()
     jobs: OptionFields = OptionFields()
@@ -117,6 +119,7 @@ SECTIONS: dict[str, type[Struct]] = {
     "workers": Workers,
     "feeder": Feeder,
     "spool": Spool,
+    "access": Access,
     "metrics": Metrics,
     "log": Log,
     "jobs": OptionFields,

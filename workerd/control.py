@@ -16,20 +16,25 @@ from workerd.process import Phase
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from workerd.access import Peer
+    from workerd.admission import Admission
     from workerd.config import Config
     from workerd.engine import Engine
     from workerd.feeder import Reply
     from workerd.process import WorkerProcess
+    from workerd.quotas import Stored
     from workerd.spool import DeadJob, Spool
 
+PAGE_BYTES = 4 * 2**20  # of arguments, after which a page of dead jobs ends
 REVIVE_JOBS = 50_000  # dead jobs that are made ready again in one transaction
 
 
 class Control:
     """Answers commands. `state` says what the daemon is doing, `metrics_address` where it is scraped."""
 
-    def __init__(self, engine: Engine, config: Config, state: Callable[[], str]) -> None:
+    def __init__(self, engine: Engine, admission: Admission, config: Config, state: Callable[[], str]) -> None:
         self.engine = engine
+        self.admission = admission
         self.config = config
         self.metrics_address: str | None = None
         self._state = state
@@ -37,20 +42,32 @@ class Control:
         self._reviving = asyncio.Lock()
 
     def handle(self, request: protocol.Request, reply: Reply) -> None:
-        """Answer any request; jobs go to the engine."""
+        """Answer any request; jobs are admitted or refused."""
         if isinstance(request, protocol.Single | protocol.Batch):
-            self.engine.submit(request, reply)
+            self.admission.submit(request, reply)
         elif isinstance(request, protocol.Problem):
             self.engine.metrics.rejected(request.code, 1)
             reply.complete(protocol.refusal(request.code, request.message, request.id))
         elif isinstance(request, protocol.Retire):
-            reply.complete(answer("retire", {"wanted": self.engine.pool.retire_one()}))
+            if self._administers(reply, "retire workers", None):
+                reply.complete(answer("retire", {"wanted": self.engine.pool.retire_one()}))
         elif isinstance(request, protocol.Dead):
-            self.engine.pool.loop.create_task(self._dead(request, reply))
+            if request.action == "list" or self._administers(reply, f"{request.action} dead jobs", request.id):
+                self.engine.pool.loop.create_task(self._dead(request, reply))
         else:
             request_id = None if request.id is UNSET else request.id
             results = {"ping": self._ping, "status": self.status, "targets": self._targets}
             reply.complete(answer(request.command, results[request.command](), request_id))
+
+    def _administers(self, reply: Reply, what: str, request_id: str | None) -> bool:
+        """Whether the client may do that; if not, it is told so."""
+        peer = reply.connection.peer
+        if self.admission.access.may_administer(peer):
+            return True
+        self.engine.metrics.rejected(Code.FORBIDDEN, 1)
+        message = self.admission.denials.tell(peer, what)
+        reply.complete(protocol.refusal(Code.FORBIDDEN, message, request_id))
+        return False
 
     def _ping(self) -> dict[str, Any]:
         return {"version": __version__, "state": self._state()}
@@ -120,7 +137,7 @@ class Control:
     async def _dead(self, request: protocol.Dead, reply: Reply) -> None:
         actions = {"list": self._list_dead, "retry": self._retry_dead, "delete": self._delete_dead}
         try:
-            result = await actions[request.action](request)
+            result = await actions[request.action](request, reply.connection.peer)
         except SpoolError as error:
             reply.complete(protocol.refusal(Code.SPOOL_FAILED, str(error)))
             return
@@ -130,17 +147,15 @@ class Control:
         else:
             reply.complete(answer("dead", result))
 
-    async def _list_dead(self, request: protocol.Dead) -> dict[str, Any] | None:
-        def read(spool: Spool) -> tuple[list[DeadJob], int]:
-            if request.id is not None:
-                found = spool.find_dead(request.id)
-                return ([found] if found else []), 1
-            return spool.dead(request.after, request.limit, request.target)
-
-        jobs, total = await self.engine.writer.call(read)
+    async def _list_dead(self, request: protocol.Dead, peer: Peer) -> dict[str, Any] | None:
+        selection = structs.asdict(request)
+        if not self.admission.access.may_administer(peer):
+            selection["uid"] = peer.uid  # what others gave their jobs is no business of this one's
+        jobs, total, more = await self.engine.writer.call(
+            lambda spool: spool.dead(selection, request.after, request.limit, PAGE_BYTES)
+        )
         if request.id is not None and not jobs:
             return None
-        more = len(jobs) == request.limit
         return {
             "jobs": [self._dead_job(dead) for dead in jobs],
             "next": jobs[-1].job.seq if more else None,
@@ -153,6 +168,8 @@ class Control:
             "id": self.engine.job_id(job.seq, job.key),
             "target": job.target,
             "arguments": Raw(job.arguments),
+            "uid": job.submitter and job.submitter.uid,
+            "pid": job.submitter and job.submitter.pid,
             "submitted": job.submitted,
             "ended": dead.ended,
             "attempts": job.attempts,
@@ -160,7 +177,7 @@ class Control:
             "error": Raw(dead.error),
         }
 
-    async def _retry_dead(self, request: protocol.Dead) -> dict[str, Any] | None:
+    async def _retry_dead(self, request: protocol.Dead, _peer: Peer) -> dict[str, Any] | None:
         engine, selection = self.engine, structs.asdict(request)
         total = 0
         while True:
@@ -177,18 +194,26 @@ class Control:
         engine, now = self.engine, time.time()
         first = engine.next_seq
         engine.next_seq += limit
+        queue = engine.queue
         ready: dict[int, int] = {}
-        engine.queue.backlog.freeze(first)
+        queue.backlog.freeze(first)
+
+        def revive(spool: Spool) -> tuple[dict[int, int], Stored]:
+            ready = spool.revive(selection, first, limit=limit, now=now)
+            return ready, spool.usage(first) if queue.quotas is not None else {}
+
         try:
-            ready = await engine.writer.call(lambda spool: spool.revive(selection, first, limit=limit, now=now))
+            ready, stored = await engine.writer.call(revive)
+            if queue.quotas is not None:
+                queue.quotas.load(stored)
         finally:
-            engine.queue.revived(ready)
+            queue.revived(ready)
             engine.settled()
         count = sum(ready.values())
         engine.dead -= count
         return count
 
-    async def _delete_dead(self, request: protocol.Dead) -> dict[str, Any] | None:
+    async def _delete_dead(self, request: protocol.Dead, _peer: Peer) -> dict[str, Any] | None:
         now = time.time()
         selection = structs.asdict(request)
         count = await self.engine.writer.call(lambda spool: spool.delete_dead(selection, now))

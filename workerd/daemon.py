@@ -18,17 +18,17 @@ from typing import TYPE_CHECKING, Any
 import uvloop
 
 from workerd import __version__, config, forkserver, log, metrics, notify, scrape, worker
-from workerd.claims import Claims
+from workerd.admission import Admission
 from workerd.control import Control
 from workerd.engine import Engine
 from workerd.errors import ConfigError, Exit, SpoolError, WorkerdError
 from workerd.feeder import Feeder
 from workerd.pool import Pool
 from workerd.queue import JobQueue
-from workerd.recovery import recover
+from workerd.quotas import Quotas
+from workerd.recovery import open_spool
 from workerd.reporter import Reporter
 from workerd.socketfile import SocketFile
-from workerd.spool import Spool
 from workerd.writer import Writer
 
 if TYPE_CHECKING:
@@ -75,6 +75,7 @@ class Daemon:
         self.settings = settings
         self._on_ready = on_ready
         self._stop = asyncio.Event()
+        self._status = Exit.OK
         self._reload = asyncio.Event()
         self._exits = contextlib.AsyncExitStack()
 
@@ -99,10 +100,17 @@ class Daemon:
             else:
                 starting.cancel()
                 await asyncio.wait((starting,))
-                return Exit.OK
+                return self._status
         kept = "stay in the spool" if self.writer.durable else "were in memory only, and are lost"
         logger.info("stopped: %d jobs %s", self.engine.queue.total, kept, extra={"event": "daemon_stopped"})
-        return Exit.OK
+        return self._status
+
+    def _fail(self, why: str) -> None:
+        """Stop, so that a new daemon can do better."""
+        if self._status is Exit.OK:
+            logger.critical("stopping, to be started again: %s", why, extra={"event": "daemon_failed"})
+        self._status = Exit.SOFTWARE
+        self._stop.set()
 
     async def _either(self, task: asyncio.Task[Any]) -> None:
         """Wait until the task is done, or the daemon is told to stop."""
@@ -115,23 +123,26 @@ class Daemon:
     async def _start(self) -> None:
         settings = self.settings
         feeder_socket, metrics_socket = self._bind()
-        self.feeder = Feeder(settings.feeder.max_line, settings.feeder.max_connections)
+        limits = settings.access
+        self.feeder = Feeder(settings.feeder.max_line, settings.feeder.max_connections, limits.user_connections)
         self._exits.push_async_callback(self.feeder.close)  # the last to go: it sends what the others had to say
         path = settings.spool.path
-        spool = await asyncio.to_thread(Spool.open, path)
-        self.writer = Writer(spool, self.reporter.committed, durable=path is not None)
-        self.writer.on_defect = self._stop.set  # without it no job could be acknowledged any more
-        self._exits.push_async_callback(self.writer.close)
-        claims = Claims.open(path.with_name(f"{path.name}.claims") if path else None)
         queue = JobQueue(max_jobs=settings.spool.max_jobs)
-        dead = await self.writer.call(lambda spool: recover(spool, claims, queue))
+        if limits.limits_jobs():
+            queue.quotas = Quotas(limits.user_jobs, limits.user_bytes)
+        spool, claims, dead = await asyncio.to_thread(open_spool, path, queue)
+        self.writer = Writer(spool, self.reporter.committed, durable=path is not None)
+        self.writer.on_failure = self._fail
+        self._exits.push_async_callback(self.writer.close)
         self.engine = Engine(queue, self.writer, self.metrics)
         self.engine.dead = dead
         self.engine.on_change = self.reporter.touch
         self.pool = self.engine.pool = Pool(queue, claims, self.engine)
         self.writer.patience = self.pool.dispatcher.patience
         self._exits.push_async_callback(self.pool.close)
-        self.control = self.reporter.control = Control(self.engine, settings, lambda: self.reporter.state)
+        self.admission = Admission(self.engine)
+        self.control = Control(self.engine, self.admission, settings, lambda: self.reporter.state)
+        self.reporter.control = self.control
         generation = await self._load(settings)
         self._use(settings, generation)
         await self.pool.adopt(generation)
@@ -212,8 +223,13 @@ class Daemon:
     def _use(self, settings: config.Config, generation: Generation) -> None:
         names = [target.name for target in generation.targets]
         self.metrics.set_targets(names)
-        self.engine.targets = {name: (name, settings.options(name)) for name in names}
-        self.engine.queue.max_jobs = settings.spool.max_jobs
+        self.admission.use({name: (name, settings.options(name)) for name in names}, settings.access)
+        queue = self.engine.queue
+        queue.max_jobs = settings.spool.max_jobs
+        if queue.quotas is not None:
+            queue.quotas.max_jobs, queue.quotas.max_bytes = settings.access.user_jobs, settings.access.user_bytes
+        elif settings.access.limits_jobs():
+            logger.warning("[access] user_jobs and user_bytes are new: restart for them to take effect")
         self.pool.dispatcher.max_jobs = settings.workers.max_jobs
         self.settings = self.control.config = settings
 
@@ -240,6 +256,7 @@ class Daemon:
         self._use(settings, generation)
         self.feeder.max_line = settings.feeder.max_line
         self.feeder.max_connections = settings.feeder.max_connections
+        self.feeder.user_connections = settings.access.user_connections
         self.metrics.config_reloaded(ok=True)
         logger.info("reloaded: generation %d", generation.number, extra={"event": "daemon_reloaded"})
         self.reporter.ready()
@@ -265,7 +282,7 @@ class Daemon:
         running = self.control.job_counts()["running"]
         text = "stopping: %d running jobs have %.0f s to finish"
         logger.info(text, running, timeout, extra={"event": "daemon_stopping"})
-        self.engine.draining = True
+        self.admission.draining = True
         if self._inherited:
             self.feeder.stop_accepting()  # whoever connects now waits in systemd's socket for the next daemon
         self._stop.clear()

@@ -1,7 +1,6 @@
-"""The walk of a job: from a request through queue, pool and spool to its reply, with the counting on the way.
+"""The walk of a job: through queue, pool and spool to its result, with the counting on the way.
 
-Everything here happens once for each chunk of requests or batch of outcomes, on the event loop. What is durable
-waits for the writer; what only has to run does not.
+How it comes in is `admission`'s. Everything here happens once for each batch of outcomes, on the event loop.
 """
 
 from __future__ import annotations
@@ -13,12 +12,10 @@ from itertools import accumulate, groupby
 from typing import TYPE_CHECKING
 
 import msgspec
-from msgspec import UNSET
 
 from workerd import protocol
-from workerd.answer import Answer
-from workerd.errors import Code, SpoolError
-from workerd.job import Job, Options, State
+from workerd.errors import SpoolError
+from workerd.job import Job, State
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -36,10 +33,6 @@ log = logging.getLogger("workerd")
 EMPTY_REFILL = 0.25  # seconds after which to look again for a backlog that was not found
 REFILL_BYTES = 16 * 2**20
 
-UNKNOWN_TARGET = "no method of the class is called {}; the targets are {}"
-SPOOL_FULL = "{} jobs are queued and no more than {} may be ([spool] max_jobs); try again later"
-DRAINING = "the daemon is stopping; send the job again when it is back"
-
 
 class Engine:
     """Implements the pool's Observer."""
@@ -50,8 +43,6 @@ class Engine:
         self.metrics = metrics
         self.prefix = f"{writer.spool.identity}-"  # what the ids of this spool begin with
         self.next_seq = writer.spool.first_seq
-        self.targets: dict[str, tuple[str, Options]] = {}  # each by name, with what a job of it gets by default
-        self.draining = False
         self.waiters: dict[int, Reply] = {}  # by seq: who waits for a job that is only in the spool at present
         self.dead = 0
         self.ended = False  # jobs have, since the writer last looked for those that nobody need wait for any more
@@ -62,82 +53,14 @@ class Engine:
         """The id that clients know a job by."""
         return key or f"{self.prefix}{seq:x}"
 
+    def _about(self, job: Job, event: str) -> dict[str, object]:
+        """What the log is told beside the message."""
+        about: dict[str, object] = {"job": self.job_id(job.seq, job.key), "target": job.target, "event": event}
+        if job.submitter is not None:
+            about |= {"uid": job.submitter.uid, "pid": job.submitter.pid}
+        return about
+
     # --- in -----------------------------------------------------------------------------------------------
-
-    def submit(self, request: protocol.Single | protocol.Batch, reply: Reply) -> None:
-        """Accept or refuse jobs; completes the reply, now or once they are safe."""
-        now = time.time()
-        batch = isinstance(request, protocol.Batch)
-        answer = Answer(self, reply, batch=batch)
-        if self.draining:
-            answer.refuse_all(request.jobs, Code.DRAINING, DRAINING)
-            return
-        if not self.queue.room_for(len(request.jobs)):
-            text = SPOOL_FULL.format(self.queue.total, self.queue.max_jobs)
-            answer.refuse_all(request.jobs, Code.SPOOL_FULL, text)
-            return
-        if batch and (unknown := [i for i, job in enumerate(request.jobs) if job.target not in self.targets]):
-            where = f"$[{unknown[0]}].target: "
-            answer.refuse_all(request.jobs, Code.UNKNOWN_TARGET, where + self._unknown(request.jobs[unknown[0]]))
-            return
-        if isinstance(request, protocol.Single) and request.plain:
-            jobs = self._plain_jobs(request.jobs, answer, now)
-        else:
-            jobs = self._make_jobs(request.jobs, answer, now)
-        if jobs:
-            self.enter(jobs)  # first, so that a worker is woken while the acknowledgement is on its way
-        self.writer.add(jobs, answer.keyed, answer)
-
-    def _plain_jobs(self, requests: list[protocol.PlainJob], answer: Answer, now: float) -> list[Job]:
-        """The common case of `_make_jobs`, in which every line is a job and says no more than what to run."""
-        targets = self.targets
-        jobs: list[Job] = []
-        seq = self.next_seq
-        try:
-            for request in requests:
-                name, options = targets[request.target]
-                # in a sum, because bytes(...) takes twice as long
-                jobs.append(Job(seq, name, b"" + request.arguments, options, now, now))
-                seq += 1
-        except KeyError:
-            return self._make_jobs([request.in_full() for request in requests], answer, now)
-        wanted = [request.reply for request in requests].count("result")
-        if wanted:
-            answer.reply.connection.await_result(wanted)
-            for job, request in zip(jobs, requests, strict=True):
-                if request.reply == "result":
-                    job.waiter = answer.reply
-        self.next_seq = seq
-        answer.entries += jobs
-        return jobs
-
-    def _make_jobs(self, requests: list[protocol.JobRequest], answer: Answer, now: float) -> list[Job]:
-        """Jobs that may be queued at once; those that must be stored before are in `answer.keyed`."""
-        jobs: list[Job] = []
-        for request in requests:
-            target = self.targets.get(request.target)
-            if target is None:
-                self.metrics.rejected(Code.UNKNOWN_TARGET, 1)
-                request_id = None if request.id is UNSET else request.id
-                answer.refuse(protocol.refusal(Code.UNKNOWN_TARGET, self._unknown(request), request_id))
-                continue
-            name, options = target
-            if request.has_options():
-                options = options.override(request)
-            job = Job(self.next_seq, name, bytes(request.arguments), options, now, now + request.delay)
-            self.next_seq += 1
-            if request.reply == "result":
-                job.waiter = answer.reply
-                answer.reply.connection.await_result(1)
-            if request.id is UNSET:
-                jobs.append(job)
-            else:
-                job.key = request.id
-            answer.add(job)
-        return jobs
-
-    def _unknown(self, request: protocol.JobRequest) -> str:
-        return UNKNOWN_TARGET.format(protocol.shown(request.target), ", ".join(sorted(self.targets)))
 
     def enter(self, jobs: list[Job]) -> None:
         """Jobs are accepted, or as good as: queue them, and set the workers to work."""
@@ -153,8 +76,7 @@ class Engine:
         first = now - (time.monotonic_ns() - started) * 1e-9
         if log.isEnabledFor(logging.DEBUG):
             for job, duration in zip(jobs, durations, strict=True):
-                about = {"job": self.job_id(job.seq, job.key), "target": target, "event": "job_succeeded"}
-                log.debug("succeeded in %.6f s", duration / 1e9, extra=about)
+                log.debug("succeeded in %.6f s", duration / 1e9, extra=self._about(job, "job_succeeded"))
         self.metrics.finished(target, "succeeded", len(jobs))
         self.metrics.durations(target, durations)
         begun = accumulate(durations, initial=0)
@@ -177,10 +99,8 @@ class Engine:
         return b'{"id":%b,"status":"succeeded","result":%b%b' % (job_id.encode(), encoded, tail.encode())
 
     def failed(self, job: Job, reason: str, error: bytes, duration: int) -> None:
-        name = self.job_id(job.seq, job.key)
         details = {"reason": reason, **msgspec.json.decode(error)}
         self.metrics.durations(job.target, [duration])
-        about = {"job": name, "target": job.target}
         if job.state is State.SCHEDULED:
             self.metrics.retried(job.target, 1)
             if job.stored:
@@ -191,7 +111,7 @@ class Engine:
                 summary(reason, job, details),
                 max(0.0, wait),
                 details["message"],
-                extra={**about, "event": "job_retried"},
+                extra=self._about(job, "job_retried"),
             )
             return
         self.bury(job, details)
@@ -200,7 +120,7 @@ class Engine:
             summary(reason, job, details),
             details["message"],
             details["traceback"],
-            extra={**about, "event": "job_dead"},
+            extra=self._about(job, "job_dead"),
         )
 
     def bury(self, job: Job, details: dict[str, str]) -> None:
@@ -231,10 +151,8 @@ class Engine:
 
     def worker_exited(self, worker: int, reason: str, status: int, job: Job | None) -> None:
         self.metrics.worker_exit(reason)
-        extra: dict[str, object] = {"worker": worker, "event": "worker_exited"}
+        extra = {"worker": worker, **(self._about(job, "worker_exited") if job else {"event": "worker_exited"})}
         how = f"exit status {status}" if status >= 0 else f"signal {-status}"
-        if job is not None:
-            extra |= {"job": self.job_id(job.seq, job.key), "target": job.target}
         level = logging.INFO if reason == "retired" else logging.WARNING
         log.log(level, "worker %d is gone: %s (%s)", worker, reason, how, extra=extra)
 

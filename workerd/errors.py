@@ -29,6 +29,8 @@ class Code(StrEnum):
     UNKNOWN_COMMAND = "unknown_command"
     LINE_TOO_LONG = "line_too_long"
     TOO_MANY_CONNECTIONS = "too_many_connections"
+    FORBIDDEN = "forbidden"
+    QUOTA_EXCEEDED = "quota_exceeded"
     SPOOL_FULL = "spool_full"
     SPOOL_FAILED = "spool_failed"
     DRAINING = "draining"
@@ -53,6 +55,10 @@ class ConfigError(WorkerdError):
 
 class SpoolError(WorkerdError):
     """The spool cannot be opened, or refused a transaction."""
+
+
+class DamagedSpoolError(SpoolError):
+    """What is in the spool's file makes no sense: it is not used any more, and put aside at the next opening."""
 
 
 class StartError(WorkerdError):

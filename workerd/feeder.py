@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections import deque
+from collections import Counter, deque
 from typing import TYPE_CHECKING, cast
 
 from workerd import protocol
+from workerd.access import Peer
 from workerd.errors import Code
 
 if TYPE_CHECKING:
@@ -27,6 +28,11 @@ JOB_BYTES = 64  # what a job costs beyond its line, more or less: a line may be 
 PENDING_BYTES = 2 * 2**20  # of requests without a reply, of all connections, after which there is no hurry to read
 SHARES = 2**20  # bytes that all connections which wait for no reply may then have taken, all the same ...
 LEAST_SHARE = 4096  # ... and each of them
+UNFINISHED_BYTES = 64 * 2**20  # of lines that have no end yet, of all connections
+
+FULL = "{} clients are connected already ([feeder] max_connections); try again later"
+USER_FULL = "user {} has {} connections already ([access] user_connections); close one, or try again later"
+SKIPPED = "unfinished lines of all clients are more than {} bytes; this one, the longest, was skipped: send it again"
 
 
 class Reply:
@@ -61,8 +67,10 @@ class Connection(asyncio.BufferedProtocol):
         self._feeder = feeder
         self._framer = protocol.Framer(feeder.max_line)
         self._transport: asyncio.Transport | None = None
+        self.peer: Peer  # once the connection is made
         self._replies: deque[Reply] = deque()
         self._pending = 0
+        self.unfinished = 0  # bytes of a line that has no end yet
         self._awaited = 0  # results that this client still waits for
         self._paused = False
         self._full = False
@@ -71,15 +79,20 @@ class Connection(asyncio.BufferedProtocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = transport = cast("asyncio.Transport", transport)  # uvloop's is no subclass of it
         transport.set_write_buffer_limits(high=WRITE_HIGH)
-        if not self._feeder.admit(self):
-            limit = self._feeder.max_connections
-            message = f"{limit} clients are connected already ([feeder] max_connections); try again later"
-            transport.write(protocol.refusal(Code.TOO_MANY_CONNECTIONS, message))
+        try:
+            self.peer = Peer.of(transport.get_extra_info("socket"))
+        except OSError:  # it is gone already
+            transport.abort()
+            return
+        if (full := self._feeder.admit(self)) is not None:
+            transport.write(protocol.refusal(Code.TOO_MANY_CONNECTIONS, full))
             transport.close()
 
     def connection_lost(self, _error: Exception | None) -> None:
         self._transport = None
         self._feeder.pending -= self._pending
+        self._feeder.unfinished -= self.unfinished
+        self.unfinished = 0
         self._replies.clear()
         self._feeder.forget(self)
 
@@ -87,10 +100,15 @@ class Connection(asyncio.BufferedProtocol):
         return self._feeder.buffer()
 
     def buffer_updated(self, size: int) -> None:
-        self._handle(self._framer.feed(bytes(self._feeder.memory[:size])), size)
+        requests = self._framer.feed(bytes(self._feeder.memory[:size]))
+        self._note_unfinished()
+        self._handle(requests, size)
+        self._feeder.relieve()
 
     def eof_received(self) -> bool:
-        self._handle(self._framer.finish(), 0)
+        requests = self._framer.finish()
+        self._note_unfinished()
+        self._handle(requests, 0)
         self._finished = True
         self._close_when_done()
         return True  # keep our half open: the replies still come
@@ -114,6 +132,16 @@ class Connection(asyncio.BufferedProtocol):
             self._replies.append(reply)
             self._feeder.handle(request, reply)
         self._throttle()
+
+    def _note_unfinished(self) -> None:
+        held = self._framer.held
+        self._feeder.unfinished += held - self.unfinished
+        self.unfinished = held
+
+    def skip_line(self) -> None:
+        """Give up the line that has no end yet, and say so."""
+        self._handle([self._framer.skip(SKIPPED.format(self._feeder.most_unfinished()))], 0)
+        self._note_unfinished()
 
     def await_result(self, count: int) -> None:
         """`count` result lines will come (or, negative, have come) for this client."""
@@ -164,17 +192,16 @@ class Connection(asyncio.BufferedProtocol):
 class Feeder:
     """All connections."""
 
-    def __init__(
-        self,
-        max_line: int,
-        max_connections: int,
-    ) -> None:
+    def __init__(self, max_line: int, max_connections: int, user_connections: int) -> None:
         self.handle: Callable[[protocol.Request, Reply], None]
         self.max_line = max_line
         self.max_connections = max_connections
+        self.user_connections = user_connections  # of one user; 0: no limit
+        self.unfinished = 0  # bytes of lines that have no end yet, of all connections
         self.pending = 0  # bytes that requests without a reply cost, of all connections
         self.memory = memoryview(bytearray(READ_BYTES))  # what is read from any connection is dealt with at once
         self._connections: set[Connection] = set()
+        self._users: Counter[int] = Counter()
         self._all_closed = asyncio.Event()
         self._server: asyncio.Server | None = None
         self._socket: socket.socket | None = None
@@ -194,18 +221,36 @@ class Feeder:
             return self.memory
         return self.memory[: max(LEAST_SHARE, SHARES // (len(self._connections) or 1))]
 
-    def admit(self, connection: Connection) -> bool:
-        """Count a new connection in; False when there are too many."""
+    def admit(self, connection: Connection) -> str | None:
+        """Count a new connection in; where there are too many, what its client is told."""
         if len(self._connections) >= self.max_connections:
-            return False
+            return FULL.format(self.max_connections)
+        peer = connection.peer
+        if 0 < self.user_connections <= self._users[peer.uid] and not peer.trusted():
+            return USER_FULL.format(peer.uid, self.user_connections)
         self._connections.add(connection)
-        return True
+        self._users[peer.uid] += 1
+        return None
 
     def forget(self, connection: Connection) -> None:
         """A connection is closed."""
+        if connection not in self._connections:
+            return
         self._connections.discard(connection)
+        self._users[connection.peer.uid] -= 1
+        if not self._users[connection.peer.uid]:
+            del self._users[connection.peer.uid]
         if not self._connections:
             self._all_closed.set()
+
+    def most_unfinished(self) -> int:
+        """Bytes that lines without an end may have in all; a single one may be as long as any."""
+        return max(UNFINISHED_BYTES, self.max_line)
+
+    def relieve(self) -> None:
+        """Where clients have sent the beginnings of too many long lines, give up the longest."""
+        while self.unfinished > self.most_unfinished():
+            max(self._connections, key=lambda connection: connection.unfinished).skip_line()
 
     def stop_accepting(self) -> None:
         """Clients that connect from now on wait for the next daemon, if systemd holds the socket."""

@@ -107,12 +107,14 @@ def inspect(class_path: str, path: Sequence[Path]) -> list[Target]:
 
 
 def check_targets(targets: Iterable[Target], settings: Config) -> None:
-    """Raise ConfigError where a [targets.NAME] is for no method of the class."""
+    """Raise ConfigError where a [targets.NAME], or a name in [access] targets, is for no method of the class."""
     names = [target.name for target in targets]
+    given = [(f"[targets.{name}]", name) for name in settings.targets]
+    given += [(f"[access] targets.{name}", name) for name in settings.access.targets]
     problems = [
-        f"{settings.file}: [targets.{name}]: {settings.attributes.class_} has no public method {name}; "
-        f"remove the section, or use one of: {', '.join(names)}"
-        for name in settings.targets
+        f"{settings.file}: {where}: {settings.attributes.class_} has no public method {name}; "
+        f"remove it, or use one of: {', '.join(names)}"
+        for where, name in given
         if name not in names
     ]
     if problems:

@@ -102,6 +102,13 @@ class OptionFields(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     backoff: Backoff | UnsetType = UNSET
 
 
+class Submitter(msgspec.Struct, frozen=True, gc=False):
+    """The user and the process that a job came from, as the kernel told (SO_PEERCRED, unix(7))."""
+
+    uid: int
+    pid: int
+
+
 class Job(msgspec.Struct, gc=False):
     """One accepted job. `seq` is its place in the order of arrival, unique for the life of the spool."""
 
@@ -111,6 +118,7 @@ class Job(msgspec.Struct, gc=False):
     options: Options
     submitted: float
     ready_at: float  # when it became ready, or will
+    submitter: Submitter | None = None  # None in process, and where an older spool did not tell
     key: str | None = None  # the client's own id
     attempts: int = 0
     crashes: int = 0

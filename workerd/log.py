@@ -32,6 +32,8 @@ FIELDS = {
     "job": "WORKERD_JOB_ID",
     "target": "WORKERD_TARGET",
     "event": "WORKERD_EVENT",
+    "uid": "WORKERD_UID",
+    "pid": "WORKERD_PID",
 }
 
 # The kinds of events with their MESSAGE_IDs (`journalctl MESSAGE_ID=...`). An id once given is never changed.
@@ -39,6 +41,7 @@ EVENTS = {
     "daemon_ready": "d6445b4ae25a42909516a48013ff187f",
     "daemon_stopping": "ce7bf889380f44f49f945b6ca9bfce70",
     "daemon_stopped": "1bf3c74c7fad407899ed349a42d7aada",
+    "daemon_failed": "fd24d5c19ab84b9795e4edc26ffe8c47",
     "daemon_reloaded": "12ef23088db04f379e586a4d70b84ca8",
     "reload_failed": "3d18c71d916e4b0ba0241fce9d169cd9",
     "worker_exited": "e02cfc72d9e14d67bb64afddafdd6cda",
@@ -48,6 +51,9 @@ EVENTS = {
     "job_dead": "c09a4b6f484746e997e1ff3f95ad1e21",
     "spool_failed": "5a92ab385fc3421aad193049c115deec",
     "spool_recovered": "9161e2291b174865963a98b3e8a92fd8",
+    "spool_upgraded": "8c62f5087cab41e6ba30de2fdaa1421b",
+    "spool_quarantined": "caaf094d80fc46b280e591c881ef6079",
+    "access_denied": "b3333b4a5db44d39b14c5850903e9f43",
 }
 
 LEVELS = ((50, "critical", 2), (40, "error", 3), (30, "warning", 4), (20, "info", 6))  # from; name; syslog's number

@@ -52,6 +52,7 @@ class Snapshot(msgspec.Struct, frozen=True):
     oldest_ready: float | None
     spool_bytes: int
     spool_failing: bool
+    spool_quarantined: int
 
 
 class Histogram:
@@ -259,3 +260,5 @@ def collect_snapshot(now: Snapshot) -> Iterator[Metric]:
         yield GaugeMetricFamily(name, "When the job that has waited longest became ready.", now.oldest_ready)
     yield GaugeMetricFamily("workerd_spool_bytes", "Size of the spool on disk.", now.spool_bytes)
     yield GaugeMetricFamily("workerd_spool_failing", "1 while the spool cannot be written.", now.spool_failing)
+    text = "Damaged spools that were put aside, and lie beside this one since the daemon started."
+    yield GaugeMetricFamily("workerd_spool_quarantined", text, now.spool_quarantined)

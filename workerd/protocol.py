@@ -16,6 +16,7 @@ from workerd.job import OptionFields, Seconds
 
 Id = Annotated[str, Meta(min_length=1, max_length=128)]
 NULL = Raw(b"null")
+TOO_LONG = "a line may be {} bytes long at most ([feeder] max_line); this one was skipped"
 LONG_LINE = 200  # bytes, on average, from which on it is quicker to look for each newline
 
 
@@ -112,6 +113,17 @@ class Framer:
         self._tail = bytearray()  # grows in place: a long line comes in many pieces
         self._skipping = False  # inside a line that is too long
 
+    @property
+    def held(self) -> int:
+        """Bytes of the line that has no end yet."""
+        return len(self._tail)
+
+    def skip(self, why: str) -> Problem:
+        """Give up the line that has no end yet."""
+        self._tail = bytearray()
+        self._skipping = True
+        return Problem(Code.LINE_TOO_LONG, why)
+
     def feed(self, data: bytes) -> list[Request]:
         """The requests that these bytes complete."""
         end = data.rfind(b"\n")
@@ -137,9 +149,7 @@ class Framer:
         self._tail += data
         if len(self._tail) <= self.max_line:
             return []
-        self._tail.clear()
-        self._skipping = True
-        return [_too_long(self.max_line)]
+        return [self.skip(TOO_LONG.format(self.max_line))]
 
 
 def parse(data: bytes, max_line: int) -> list[Request]:
@@ -157,7 +167,7 @@ def parse(data: bytes, max_line: int) -> list[Request]:
     requests: list[Request] = []
     for line in data.split(b"\n"):
         if len(line) > max_line:
-            requests.append(_too_long(max_line))
+            requests.append(Problem(Code.LINE_TOO_LONG, TOO_LONG.format(max_line)))
         elif line.strip():
             request = _parse_line(line)
             if isinstance(request, Single) and requests and isinstance(requests[-1], Single):
@@ -186,11 +196,6 @@ def _is_text(data: bytes) -> bool:
         return data.isascii() or bool(data.decode())
     except UnicodeDecodeError:
         return False
-
-
-def _too_long(max_line: int) -> Problem:
-    message = f"a line may be {max_line} bytes long at most ([feeder] max_line); this one was skipped"
-    return Problem(Code.LINE_TOO_LONG, message)
 
 
 def _parse_line(line: bytes) -> Request:

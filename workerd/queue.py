@@ -20,11 +20,14 @@ from workerd.backlog import Backlog
 from workerd.job import Job, State
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Sequence
+
+    from workerd.quotas import Quotas
 
 BATCH_JOBS = 2048
 BATCH_SECONDS = 0.002  # estimated work in one batch; a slower job travels alone
 SMALL_BATCH = 16  # jobs, to begin with, of one that is less urgent than what has come of late
+WAITING = (State.READY, State.SCHEDULED)
 LEARNING = 0.2  # weight of the newest batch in a target's estimate
 
 
@@ -76,6 +79,7 @@ class JobQueue:
         self.max_jobs = max_jobs
         self.backlog = Backlog(window, window_bytes)
         self.total = 0  # jobs that have not ended, wherever they are
+        self.quotas: Quotas | None = None  # counted only where users have limits
         self.held = 0  # jobs that workers have been given
         self.came = 0  # priority of what has come of late ...
         self.less_urgent = BATCH_JOBS  # ... and how many jobs, at most, of a lower one are given out at once
@@ -84,13 +88,15 @@ class JobQueue:
 
     # --- jobs come in -------------------------------------------------------------------------------------
 
-    def room_for(self, count: int) -> bool:
-        """Whether `count` more jobs may be accepted under `max_jobs`."""
-        return self.total + count <= self.max_jobs
+    def room(self) -> int:
+        """How many more jobs may be accepted under `max_jobs`."""
+        return max(0, self.max_jobs - self.total)
 
     def enter(self, jobs: Sequence[Job]) -> None:
         """Take in accepted jobs."""
         self.total += len(jobs)
+        if self.quotas is not None:
+            self.quotas.add(jobs)
         self.backlog.enter(jobs)
         if jobs and ((priority := jobs[0].options.priority) <= self.came or self.less_urgent >= BATCH_JOBS):
             self.came, self.less_urgent = priority, SMALL_BATCH
@@ -105,8 +111,10 @@ class JobQueue:
         self.total += sum(ready.values())
         self.backlog.thaw(ready)
 
-    def refused(self, jobs: Iterable[Job]) -> None:
+    def refused(self, jobs: Sequence[Job]) -> None:
         """Withdraw jobs that the spool could not store. Those that a worker holds already are left to it."""
+        if self.quotas is not None:
+            self.quotas.remove(job for job in jobs if job.state in WAITING)
         self.total -= self.backlog.withdraw(jobs)
 
     # --- jobs go out --------------------------------------------------------------------------------------
@@ -190,6 +198,8 @@ class JobQueue:
         for job in jobs:
             job.state = succeeded
         self.total -= len(jobs)
+        if self.quotas is not None:
+            self.quotas.remove(jobs)
 
     def failed(self, job: Job, now: float, jitter: Callable[[float, float], float] | None = None) -> State:
         """A reported job raised or ran out of time: SCHEDULED while attempts are left, else DEAD."""
@@ -233,4 +243,6 @@ class JobQueue:
     def _bury(self, job: Job) -> State:
         job.become(State.DEAD)
         self.total -= 1
+        if self.quotas is not None:
+            self.quotas.remove([job])
         return State.DEAD

@@ -1,4 +1,4 @@
-"""After a `kill -9` of the daemon: who is to be charged, and what is left to do."""
+"""The spool at the start of a daemon: after a `kill -9`, who is to be charged, and what is left to do."""
 
 from __future__ import annotations
 
@@ -6,10 +6,14 @@ import logging
 import time
 from typing import TYPE_CHECKING
 
+from workerd.claims import Claims
+from workerd.errors import DamagedSpoolError
 from workerd.spool import Changes, Spool
+from workerd.spoolfile import CLAIMS, beside
 
 if TYPE_CHECKING:
-    from workerd.claims import Claims
+    from pathlib import Path
+
     from workerd.queue import JobQueue
 
 logger = logging.getLogger("workerd")
@@ -18,6 +22,22 @@ DAEMON_KILLED = (
     b'{"reason":"crashed","type":"WorkerCrashed",'
     b'"message":"the daemon and its workers were killed while this job ran","traceback":""}'
 )
+
+
+def open_spool(path: Path | None, queue: JobQueue) -> tuple[Spool, Claims, int]:
+    """The spool and the claims beside it, recovered, and the number of dead jobs.
+
+    Blocks; raises SpoolError and OSError.
+    """
+    while True:
+        spool = Spool.open(path)
+        try:
+            claims = Claims.open(beside(path, CLAIMS) if path else None)
+            return spool, claims, recover(spool, claims, queue)
+        except BaseException as error:
+            spool.close()
+            if not isinstance(error, DamagedSpoolError):  # else it is put aside, and a new one opened
+                raise
 
 
 def recover(spool: Spool, claims: Claims, queue: JobQueue) -> int:
@@ -33,6 +53,8 @@ def recover(spool: Spool, claims: Claims, queue: JobQueue) -> int:
     claims.clear()
     counts = spool.counts()
     queue.recover(counts.ready, counts.scheduled)
+    if queue.quotas is not None:
+        queue.quotas.load(spool.usage())
     if interrupted:
         logger.warning("%d jobs were interrupted when the daemon was killed", len(interrupted))
     return counts.dead

@@ -89,6 +89,8 @@ class Reporter:
         jobs = self.control.job_counts()
         dead = f", {jobs['dead']} dead" if jobs["dead"] else ""
         trouble = f" (spool failing: {engine.writer.failing})" if engine.writer.failing else self.note
+        if aside := engine.writer.spool.quarantined:
+            trouble += f" ({aside} damaged spool{'s' if aside > 1 else ''} put aside)"
         counts = f"{len(engine.pool.workers())} workers, {jobs['ready'] + jobs['scheduled']} queued"
         return f"{self.state}: {counts}, {jobs['running']} running{dead}{trouble}"
 
@@ -111,6 +113,7 @@ class Reporter:
             oldest_ready=self.control.engine.queue.backlog.oldest_ready(),
             spool_bytes=self.control.engine.writer.spool.size(),
             spool_failing=self.failing,
+            spool_quarantined=self.control.engine.writer.spool.quarantined,
         )
 
     def healthy(self) -> tuple[bool, str]:

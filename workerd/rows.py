@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from workerd.job import Job, Options, State
+from workerd.job import Job, Options, State, Submitter
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -25,6 +25,7 @@ CHUNK = 8 * 2**20  # bytes of arguments in one statement, more or less
 # Times of this century, as floats, are whole numbers of this many ticks a second, so nothing is lost: SQLite
 # itself would not print a float in full.
 TICKS = 2**22
+NOBODY = -1  # uid and pid of a job whose submitter is not known; NULL in the table
 
 
 def _layout(base: str, fields: Mapping[str, int]) -> tuple[bytes, int, dict[str, str]]:
@@ -41,17 +42,19 @@ def _layout(base: str, fields: Mapping[str, int]) -> tuple[bytes, int, dict[str,
 ROW_FORMAT, ROW_WIDTH, ROW = _layout(":rows, e.key * 42 + 1", dict(kind=11, start=11, key_size=9, size=11))
 KIND_FORMAT, KIND_WIDTH, KIND = _layout(
     f":data, {ROW['kind']}",
-    dict(target=9, options=9, priority=4, submitted=20, ready_at=20, state=2, attempts=9, crashes=9),
+    dict(target=9, options=9, priority=4, submitted=20, ready_at=20, state=2, attempts=9, crashes=9, uid=11, pid=11),
 )
 _TEXTS = f"{ROW['kind']} + {KIND_WIDTH}"
 INSERT = f"""
-INSERT INTO jobs (seq, key, target, arguments, options, priority, submitted, ready_at, state, attempts, crashes)
-SELECT e.value, nullif(CAST(substr(:data, {ROW["start"]}, {ROW["key_size"]}) AS TEXT), ''),
+INSERT INTO jobs (
+    seq, key, target, arguments, options, priority, submitted, ready_at, state, attempts, crashes, uid, pid
+) SELECT e.value, nullif(CAST(substr(:data, {ROW["start"]}, {ROW["key_size"]}) AS TEXT), ''),
     CAST(substr(:data, {_TEXTS}, {KIND["target"]}) AS TEXT),
     substr(:data, {ROW["start"]} + {ROW["key_size"]}, {ROW["size"]}),
     CAST(substr(:data, {_TEXTS} + {KIND["target"]}, {KIND["options"]}) AS TEXT), {KIND["priority"]},
     {KIND["submitted"]} / {TICKS}.0, {KIND["ready_at"]} / {TICKS}.0,
-    {KIND["state"]}, {KIND["attempts"]}, {KIND["crashes"]}
+    {KIND["state"]}, {KIND["attempts"]}, {KIND["crashes"]},
+    nullif({KIND["uid"]}, {NOBODY}), nullif({KIND["pid"]}, {NOBODY})
 FROM json_each(:seqs) e WHERE true
 """
 INSERT_NEW = INSERT + "ON CONFLICT DO NOTHING"
@@ -73,14 +76,18 @@ FROM json_each(:rows) e WHERE jobs.seq = e.value ->> 0
 LOAD = f"""
 SELECT json_group_array(json_array(seq, key, target, options, CAST(submitted * {TICKS} AS INT),
         CAST(ready_at * {TICKS} AS INT), state, attempts, crashes, CAST(coalesce(ended, 0) * {TICKS} AS INT),
-        coalesce(length(arguments), 0), coalesce(length(error), 0))),
+        coalesce(uid, {NOBODY}), coalesce(pid, {NOBODY}), coalesce(length(arguments), 0), coalesce(length(error), 0))),
     CAST(group_concat(CAST(arguments AS TEXT), '') AS BLOB), CAST(group_concat(CAST(error AS TEXT), '') AS BLOB)
 FROM jobs WHERE seq {LISTED}
+"""
+USAGE = f"""
+SELECT coalesce(uid, {NOBODY}), count(*), coalesce(sum(length(arguments)), 0) FROM jobs
+WHERE state IN (0, 1) AND seq >= ? GROUP BY uid
 """
 PEEK = "SELECT json_group_array(json_array(seq, size)) FROM (SELECT seq, length(arguments) AS size FROM jobs "
 PEEK_READY = f"{PEEK} WHERE state = 0 AND priority = ? AND seq > ? ORDER BY seq LIMIT ?)"
 PEEK_SCHEDULED = f"{PEEK} WHERE state = 1 AND (ready_at, seq) > (?, ?) ORDER BY ready_at, seq LIMIT ?)"
-PEEK_DEAD = f"{PEEK} WHERE state = 4 AND seq > :after AND target = coalesce(:target, target) ORDER BY seq LIMIT :limit)"
+PEEK_DEAD = f"{PEEK} WHERE state = 4 AND seq > :after AND {{chosen}} ORDER BY seq LIMIT :limit)"
 # A job that the daemon had named is given that name as its key, unless a client has taken it.
 REVIVE = """
 UPDATE jobs SET (seq, key, ready_at, state, attempts, crashes, error, ended)
@@ -127,7 +134,7 @@ def _pack(jobs: Sequence[Job]) -> dict[str, object]:
     at = 1
     for job in jobs:
         options, ready_at = job.options, job.ready_at
-        common = (job.target, id(options), job.submitted, ready_at, job.attempts, job.crashes)
+        common = (job.target, id(options), job.submitted, ready_at, job.attempts, job.crashes, id(job.submitter))
         kind = kinds.get(common)
         if kind is None:
             kinds[common] = kind = at
@@ -148,9 +155,10 @@ def _kind(job: Job) -> bytes:
     # Not job.state, which goes on changing in another thread. What was ever delayed is scheduled on the disk until
     # it ends: were it ready there, it would be read once more as part of the backlog behind it.
     state = State.SCHEDULED if job.ready_at > job.submitted else State.READY
+    uid, pid = (job.submitter.uid, job.submitter.pid) if job.submitter else (NOBODY, NOBODY)
     numbers = KIND_FORMAT % (
         len(target), len(options), job.options.priority, int(job.submitted * TICKS), int(job.ready_at * TICKS),
-        state, job.attempts, job.crashes,
+        state, job.attempts, job.crashes, uid, pid,
     )  # fmt: skip
     assert len(numbers) == KIND_WIDTH
     return numbers + target + options
@@ -162,16 +170,23 @@ def unpacked(row: tuple[str, bytes, bytes], seqs: Sequence[int]) -> list[DeadJob
     found: dict[int, DeadJob] = {}
     at = error_at = 0
     for column in msgspec.json.decode(columns):
-        seq, key, target, options, submitted, ready_at, state, attempts, crashes, ended, size, error_size = column
+        seq, key, target, options, submitted, ready_at, state, attempts, crashes, ended, uid, pid, size, error_size = (
+            column
+        )
         job = Job(
             seq, target, arguments[at : at + size], _options(options), submitted / TICKS, ready_at / TICKS,
-            key, attempts, crashes, State(state), stored=True,
+            _submitter(uid, pid), key, attempts, crashes, State(state), stored=True,
         )  # fmt: skip
         error = errors[error_at : error_at + error_size] if error_size else b""
         found[seq] = DeadJob(job, error, ended / TICKS)
         at += size
         error_at += error_size
     return [found[seq] for seq in seqs]
+
+
+@lru_cache(maxsize=1024)
+def _submitter(uid: int, pid: int) -> Submitter | None:
+    return None if uid == NOBODY else Submitter(uid, pid)
 
 
 @lru_cache(maxsize=1024)

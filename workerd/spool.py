@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from workerd import rows
-from workerd.errors import SpoolError
+from workerd import rows, upkeep
+from workerd.errors import DamagedSpoolError, SpoolError
 from workerd.job import Job
 from workerd.rows import DeadJob, as_json, packed, unpacked
-from workerd.spoolfile import check, connect, create, explained, lock, sync_folder
+from workerd.spoolfile import begin, connect, explained, lock
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -53,56 +53,41 @@ class Committed(msgspec.Struct, frozen=True):
 
 
 class Counts(msgspec.Struct, frozen=True):
-    """What the spool holds: ready jobs of each priority, and when the oldest of them was submitted."""
+    """What the spool holds: ready jobs of each priority, scheduled and dead ones."""
 
     ready: dict[int, int]
     scheduled: int
     dead: int
-    oldest_ready: float | None
-    next_scheduled: float | None
 
 
 class Spool:
     """An open spool; `Spool.open` makes one. `lock_fd` (-1 in memory) keeps the lock as long as anybody has it."""
 
-    def __init__(self, db: sqlite3.Connection, path: Path | None, lock_fd: int) -> None:
+    def __init__(self, db: sqlite3.Connection, meta: dict[str, Any], path: Path | None, lock_fd: int) -> None:
         self.lock_fd = lock_fd
         self._db = db
         self._path = path
         self._memory_bytes = 0
-        empty = check(db, path)
-        with self._transaction():
-            if empty:
-                create(db)
-            db.execute("UPDATE meta SET value = value + 1 WHERE name = 'epoch'")
-            meta = dict(db.execute("SELECT name, value FROM meta").fetchall())
         self.identity: str = meta["identity"]
         self.first_seq: int = (meta["epoch"] << EPOCH_BITS) + 1
+        self.quarantined = upkeep.quarantined(path) if path else 0  # damaged spools that lie beside this one
 
     @classmethod
     def open(cls, path: Path | None) -> Spool:
         """Open the file, or make it, and its folder, readable by this user only; None: in memory."""
         if path is None:
-            return cls(connect(":memory:"), None, -1)
+            db = connect(":memory:")
+            return cls(db, begin(db, None), None, -1)
         try:
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             lock_fd = lock(path)
         except OSError as error:
             raise SpoolError(f"the spool {path} cannot be opened: {error.strerror}: {error.filename}") from error
-        db = None
         try:
-            os.close(os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600))
-            db = connect(str(path))
-            spool = cls(db, path, lock_fd)
-            sync_folder(path)
-        except BaseException as error:
-            if db is not None:
-                db.close()
+            return cls(*upkeep.opened(path), path, lock_fd)
+        except BaseException:
             os.close(lock_fd)
-            if isinstance(error, sqlite3.Error | OSError):
-                raise explained(path, error) from error
             raise
-        return spool
 
     def close(self) -> None:
         """Fold the log into the file, and give the lock back."""
@@ -163,17 +148,18 @@ class Spool:
     def counts(self) -> Counts:
         """Count everything; reads indexes only, about a tenth of a second for a million jobs."""
         with self._reading():
-            lines = self._db.execute(
-                "SELECT priority, count(*), min(seq) FROM jobs WHERE state = 0 GROUP BY priority"
-            ).fetchall()
-            first = {"seqs": as_json([seq for _, _, seq in lines])}
+            lines = self._db.execute("SELECT priority, count(*) FROM jobs WHERE state = 0 GROUP BY priority")
             return Counts(
-                ready={priority: count for priority, count, _ in lines},
+                ready=dict(lines.fetchall()),
                 scheduled=self._one("SELECT count(*) FROM jobs WHERE state = 1"),
                 dead=self._one("SELECT count(*) FROM jobs WHERE state = 4"),
-                oldest_ready=self._one(f"SELECT min(submitted) FROM jobs WHERE seq {rows.LISTED}", first),
-                next_scheduled=self._one("SELECT min(ready_at) FROM jobs WHERE state = 1"),
             )
+
+    def usage(self, first_seq: int = 0) -> dict[int, tuple[int, int]]:
+        """Jobs that have not ended, and the bytes of their arguments, by user (-1: unknown); from a seq on."""
+        with self._reading():
+            found = self._db.execute(rows.USAGE, (first_seq,)).fetchall()
+            return {uid: (jobs, size) for uid, jobs, size in found}
 
     def refill_ready(self, priority: int, after_seq: int, limit: int, max_bytes: int) -> list[Job]:
         """The next ready jobs by seq; the last is the one whose arguments pass `max_bytes`, if one does."""
@@ -194,22 +180,21 @@ class Spool:
             return [dead.job for dead in self._load(seqs)]
 
     # --- dead jobs ----------------------------------------------------------------------------------------
-    # A selection is a mapping of which one is looked at: `id`, else `target`, else all there are.
+    # A selection is a mapping: of `id`, else `target`, else all there are; of `uid`, if given, only those.
 
-    def dead(self, after_seq: int, limit: int, target: str | None) -> tuple[list[DeadJob], int]:
-        """A page of the dead jobs (of a target) by seq, and how many there are in all."""
-        with self._reading():
-            where = {"after": after_seq, "limit": limit, "target": target}
-            page = [seq for seq, _ in msgspec.json.decode(self._one(rows.PEEK_DEAD, where))]
-            counted = "SELECT count(*) FROM jobs WHERE state = 4"
-            return self._load(page), self._one(counted + " AND target = :target" if target else counted, where)
+    def dead(
+        self, selection: Mapping[str, Any], after_seq: int, limit: int, max_bytes: int
+    ) -> tuple[list[DeadJob], int, bool]:
+        """A page of the dead jobs by seq, how many there are in all, and whether more follow.
 
-    def find_dead(self, job_id: str) -> DeadJob | None:
-        """The dead job with this id, the client's or the daemon's."""
-        chosen, values = self._chosen({"id": job_id})
+        The last of a page is the one whose arguments pass `max_bytes`, if one does.
+        """
+        chosen, values = self._chosen(selection)
         with self._reading():
-            found = self._load(self._seqs(f"SELECT seq FROM jobs WHERE state = 4 AND {chosen}", values))
-            return found[0] if found else None
+            peeked = self._one(rows.PEEK_DEAD.format(chosen=chosen), values | {"after": after_seq, "limit": limit + 1})
+            page = self._fitting(peeked, max_bytes)[:limit]
+            total = self._one(f"SELECT count(*) FROM jobs WHERE state = 4 AND {chosen}", values)
+            return self._load(page), total, len(page) < len(msgspec.json.decode(peeked))
 
     def revive(
         self, selection: Mapping[str, Any], first: int, *, limit: int = -1, now: float | None = None
@@ -260,27 +245,35 @@ class Spool:
         return sum(self._db.execute(sql, values).rowcount for values in packed(jobs))
 
     def _refill(self, peeked: str, max_bytes: int) -> list[Job]:
+        return [dead.job for dead in self._load(self._fitting(peeked, max_bytes))]
+
+    def _fitting(self, peeked: str, max_bytes: int) -> list[int]:
         sizes = msgspec.json.decode(peeked, type=list[tuple[int, int]])
         before = accumulate((size for _, size in sizes), initial=0)
-        seqs = [seq for (seq, _), total in zip(sizes, before, strict=False) if total <= max_bytes]
-        return [dead.job for dead in self._load(seqs)]
+        return [seq for (seq, _), total in zip(sizes, before, strict=False) if total <= max_bytes]
 
     def _load(self, seqs: Sequence[int]) -> list[DeadJob]:
         return unpacked(self._db.execute(rows.LOAD, {"seqs": as_json(seqs)}).fetchone(), seqs)
 
     def _chosen(self, selection: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+        chosen, values = "true", {}
         if (job_id := selection.get("id")) is not None:
-            return "(key = :id OR (key IS NULL AND seq = :seq))", {"id": job_id, "seq": self.seq_of(job_id)}
-        if (target := selection.get("target")) is not None:
-            return "target = :target", {"target": target}
-        return "true", {}
+            chosen, values = "(key = :id OR (key IS NULL AND seq = :seq))", {"id": job_id, "seq": self.seq_of(job_id)}
+        elif (target := selection.get("target")) is not None:
+            chosen, values = "target = :target", {"target": target}
+        if (uid := selection.get("uid")) is not None:
+            chosen, values = f"{chosen} AND uid = :uid", values | {"uid": uid}
+        return chosen, values
 
     @contextlib.contextmanager
     def _reading(self) -> Iterator[None]:
         try:
             yield
         except (sqlite3.Error, OSError) as error:
-            raise explained(self._path, error) from error
+            failure = explained(self._path, error)
+            if isinstance(failure, DamagedSpoolError) and self._path is not None:
+                upkeep.suspect(self._path, failure)
+            raise failure from error
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[None]:

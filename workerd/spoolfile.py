@@ -7,16 +7,17 @@ import fcntl
 import os
 import secrets
 import sqlite3
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from workerd.errors import SpoolError
+from workerd.errors import DamagedSpoolError, SpoolError
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 APPLICATION_ID = 0x776B7264  # "wkrd"
 OLDEST_SQLITE = (3, 40)  # older ones lack json operators that are relied upon, or were not tried
-VERSION = 1  # of the schema, as PRAGMA user_version
+CLAIMS = "claims"  # see claims.py
+VERSION = 2  # of the schema, as PRAGMA user_version
 
 # READY, SCHEDULED, SUCCEEDED and DEAD, as numbers: a partial index serves only a condition that it can read.
 # RUNNING is never stored. SUCCEEDED is the memory of an id that a client gave; its arguments are gone.
@@ -25,7 +26,7 @@ CREATE TABLE meta (name TEXT PRIMARY KEY, value) WITHOUT ROWID;
 CREATE TABLE jobs (
     seq INTEGER PRIMARY KEY, key TEXT, target TEXT NOT NULL, options TEXT NOT NULL, priority INT NOT NULL,
     submitted REAL NOT NULL, ready_at REAL NOT NULL, state INT NOT NULL, attempts INT NOT NULL,
-    crashes INT NOT NULL, ended REAL, error BLOB, arguments BLOB -- last: to read past a long value is slow
+    crashes INT NOT NULL, ended REAL, uid INT, pid INT, error BLOB, arguments BLOB -- last: to read past them is slow
 );
 CREATE UNIQUE INDEX keys ON jobs (key) WHERE key IS NOT NULL;
 CREATE INDEX ready ON jobs (priority, seq) WHERE state = 0;
@@ -49,7 +50,7 @@ REMEDIES = {
     "SQLITE_CANTOPEN": "it cannot be opened; see the owner and mode of its folder",
     "SQLITE_BUSY": "another program holds a lock on it; end that program",
     "SQLITE_NOTADB": "it is no spool; move it away, or set another [spool] path",
-    "SQLITE_CORRUPT": "it is damaged; move it away, and use `sqlite3 FILE .recover` on it to save what is left",
+    "SQLITE_CORRUPT": "it is damaged; at the next start it is put aside",
 }
 
 
@@ -83,8 +84,8 @@ def connect(path: str) -> sqlite3.Connection:
     return sqlite3.connect(path, timeout=1.0, isolation_level=None, check_same_thread=False, cached_statements=64)
 
 
-def check(db: sqlite3.Connection, path: Path | None) -> bool:
-    """Refuse what is not ours, before anything in it is changed; else apply the settings. True if it is empty."""
+def check(db: sqlite3.Connection, path: Path | None) -> int:
+    """Refuse what is not ours, before anything in it is changed; returns its schema's version, 0 if it is empty."""
     owner, version, tables = db.execute(
         "SELECT (SELECT application_id FROM pragma_application_id), (SELECT user_version FROM pragma_user_version),"
         " (SELECT count(*) FROM sqlite_schema)"
@@ -99,22 +100,34 @@ def check(db: sqlite3.Connection, path: Path | None) -> bool:
             f"the spool {path} was written by a newer workerd (schema {version}, this one knows {VERSION}); "
             "install that version again, or set another [spool] path"
         )
-    if not tables:
-        db.execute("PRAGMA auto_vacuum = INCREMENTAL")
-    db.execute("PRAGMA journal_mode = WAL").fetchall()
-    for setting in SETTINGS:
-        db.execute(f"PRAGMA {setting}").fetchall()
-    return not tables
+    return int(version) if tables else 0
 
 
 def create(db: sqlite3.Connection) -> None:
-    """Make the tables and the identity, within the caller's transaction."""
+    """Make the tables, within the caller's transaction."""
     for statement in SCHEMA.split(";"):
         db.execute(statement)
     db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
     db.execute(f"PRAGMA user_version = {VERSION}")
-    identity = "".join(secrets.choice("abcdefghijklmnopqrstuvwxyz234567") for _ in range(10))
-    db.execute("INSERT INTO meta VALUES ('identity', ?), ('epoch', 0)", (identity,))
+
+
+def begin(db: sqlite3.Connection, path: Path | None) -> dict[str, Any]:
+    """Begin a new epoch, in a file that is made if it is empty; returns what `meta` holds, identity and epoch."""
+    empty = not check(db, path)
+    if empty:
+        db.execute("PRAGMA auto_vacuum = INCREMENTAL")
+    db.execute("PRAGMA journal_mode = WAL").fetchall()
+    for setting in SETTINGS:
+        db.execute(f"PRAGMA {setting}").fetchall()
+    db.execute("BEGIN IMMEDIATE")
+    if empty:
+        create(db)
+        identity = "".join(secrets.choice("abcdefghijklmnopqrstuvwxyz234567") for _ in range(10))
+        db.execute("INSERT INTO meta VALUES ('identity', ?), ('epoch', 0)", (identity,))
+    db.execute("UPDATE meta SET value = value + 1 WHERE name = 'epoch'")
+    meta = dict(db.execute("SELECT name, value FROM meta").fetchall())
+    db.execute("COMMIT")
+    return meta
 
 
 def sync_folder(path: Path) -> None:
@@ -126,9 +139,18 @@ def sync_folder(path: Path) -> None:
         os.close(fd)
 
 
+def beside(path: Path, name: str) -> Path:
+    """The file `PATH.name`."""
+    return path.with_name(f"{path.name}.{name}")
+
+
 def explained(path: Path | None, error: sqlite3.Error | OSError) -> SpoolError:
-    """The error as one line that says what to do."""
+    """The error as one line that says what to do; a DamagedSpoolError where that is what it tells of."""
     name = getattr(error, "sqlite_errorname", None) or ""
-    remedy = next((text for prefix, text in REMEDIES.items() if name.startswith(prefix)), "")
+    # a file that is no database was a spool only if a daemon has left its claims beside it
+    damaged = name.startswith("SQLITE_CORRUPT") or (name == "SQLITE_NOTADB" and path and beside(path, CLAIMS).exists())
+    known = "SQLITE_CORRUPT" if damaged else name
+    remedy = next((text for prefix, text in REMEDIES.items() if known.startswith(prefix)), "")
     where = f"the spool {path}" if path else "the spool in memory"
-    return SpoolError(f"{where}: {error}{f' ({name})' if name else ''}{f': {remedy}' if remedy else ''}")
+    text = f"{where}: {error}{f' ({name})' if name else ''}{f': {remedy}' if remedy else ''}"
+    return DamagedSpoolError(text) if damaged else SpoolError(text)

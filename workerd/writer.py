@@ -18,7 +18,7 @@ from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from workerd.alarm import Alarm
-from workerd.errors import SpoolError
+from workerd.errors import DamagedSpoolError, SpoolError
 from workerd.job import Job, State
 from workerd.spool import Changes, Committed
 
@@ -81,7 +81,7 @@ class Writer:
         self.failing: str | None = None
         self.changes = Changes()
         self.patience: Callable[[int], float] = lambda _priority: 0.0
-        self.on_defect: Callable[[], None] = lambda: None
+        self.on_failure: Callable[[str], None] = lambda _why: None  # no job can be acknowledged any more
         self._observe = observe
         self._closing = False
         self._entries: deque[Entry] = deque()
@@ -149,6 +149,8 @@ class Writer:
                 result = function()
             except BaseException as caught:
                 error = caught
+                if isinstance(error, DamagedSpoolError):
+                    self._loop.call_soon_threadsafe(self.on_failure, str(error))
             self._loop.call_soon_threadsafe(done, result, error)
 
         self._work.put(work)
@@ -156,8 +158,8 @@ class Writer:
     def _guard(self, step: Callable[..., None], *arguments: object) -> None:
         try:
             step(*arguments)
-        except Exception:
-            self.on_defect()  # no job could be acknowledged any more
+        except Exception as error:
+            self.on_failure(f"a defect in workerd: {type(error).__name__}: {error}")
             raise
 
     # --- commits ------------------------------------------------------------------------------------------

@@ -19,9 +19,11 @@ from results import Results
 from section import Section
 
 from workerd import claims, worker
+from workerd.access import Access, Peer
+from workerd.admission import Admission
 from workerd.answer import Answer
 from workerd.engine import Engine
-from workerd.job import Job, Options
+from workerd.job import Job, Options, Submitter
 from workerd.metrics import Metrics
 from workerd.outbox import Outbox
 from workerd.protocol import Framer, Single
@@ -63,7 +65,10 @@ class Walk:
         self.metrics = Metrics(["noop"], "")
         self.engine = Engine(self.queue, cast("Any", Writer()), self.metrics)
         self.engine.pool = cast("Any", Nothing())
-        self.engine.targets = {"noop": ("noop", Options())}
+        self.admission = Admission(self.engine)
+        self.admission.use({"noop": ("noop", Options())}, Access())
+        connection = SimpleNamespace(peer=Peer(Submitter(0, 1), frozenset()))
+        self.client: Any = SimpleNamespace(connection=connection, complete=lambda _data: None)
         self.settler = Settler(self.queue, self.engine)
         self.framer = Framer(2**20)
         self.process: Any = SimpleNamespace(holder=Holder(), revoked_to=0, finished=0, latest=None)
@@ -95,8 +100,9 @@ class Walk:
         (self.request,) = cast("list[Single]", self.framer.feed(self.chunk))
 
     def make(self) -> None:
-        self.reply = Answer(self.engine, cast("Any", Nothing()), batch=False)
-        self.jobs: list[Job] = self.engine._plain_jobs(self.request.jobs, self.reply, time.time())
+        self.reply = Answer(self.engine, self.client, batch=False)
+        allowed = self.admission._allowed(self.client.connection.peer)
+        self.jobs: list[Job] = self.admission._plain_jobs(self.request.jobs, self.reply, allowed, time.time())
 
     def enter(self) -> None:
         self.queue.enter(self.jobs)

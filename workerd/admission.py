@@ -1,0 +1,192 @@
+"""The way in: from a request to jobs in the queue and in the writer's hands, or to a refusal.
+
+Everything here happens once for each chunk of requests. What is durable waits for the writer; what only has to run
+does not.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import TYPE_CHECKING
+
+from msgspec import UNSET
+
+from workerd import protocol
+from workerd.access import Access
+from workerd.answer import Answer
+from workerd.errors import Code
+from workerd.job import Job, Options
+
+if TYPE_CHECKING:
+    from workerd.access import Peer
+    from workerd.engine import Engine
+    from workerd.feeder import Reply
+
+log = logging.getLogger("workerd")
+
+UNKNOWN_TARGET = "no method of the class is called {}; the targets are {}"
+SPOOL_FULL = "{} jobs are queued and no more than {} may be ([spool] max_jobs); try again later"
+QUOTA_EXCEEDED = "user {} may have no more than {} jobs with {} bytes in the queue ([access]); try again later"
+DRAINING = "the daemon is stopping; send the job again when it is back"
+FORBIDDEN = "user {} may not {}; whoever administers this daemon may allow it ([access])"
+MOST_VIEWS = 1024
+
+Targets = dict[str, tuple[str, Options]]  # each by name: the name again, and what a job of it gets by default
+
+
+class Denials:
+    """Tells the log who was denied what, at most once a second for each user."""
+
+    def __init__(self) -> None:
+        self._silent: dict[int, tuple[float, int]] = {}  # by uid: until when, and how many were denied meanwhile
+
+    def tell(self, peer: Peer, what: str) -> str:
+        """Log it; returns the message for the client."""
+        message = FORBIDDEN.format(peer.uid, what)
+        now = time.monotonic()
+        until, more = self._silent.get(peer.uid, (now, 0))
+        if now < until:
+            self._silent[peer.uid] = (until, more + 1)
+            return message
+        self._silent[peer.uid] = (now + 1.0, 0)
+        text = f"denied: user {peer.uid} (pid {peer.submitter.pid}) may not {what}"
+        about = {"uid": peer.uid, "pid": peer.submitter.pid, "event": "access_denied"}
+        log.warning("%s%s", text, f", and {more} times more before" if more else "", extra=about)
+        return message
+
+
+class Admission:
+    """See the module. `use` says what is admitted."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.draining = False
+        self.denials = Denials()
+        self.access = Access()
+        self.targets: Targets = {}
+        self._views: dict[tuple[int, frozenset[int]], Targets] = {}
+
+    def use(self, targets: Targets, access: Access) -> None:
+        """From now on these are the targets, and these the rules."""
+        self.targets = targets
+        self.access = access
+        self._views.clear()
+
+    def _allowed(self, peer: Peer) -> Targets:
+        """The targets that the peer may submit jobs of."""
+        if self.access.is_open():
+            return self.targets
+        who = (peer.uid, peer.groups)
+        view = self._views.get(who)
+        if view is None:
+            if len(self._views) >= MOST_VIEWS:
+                self._views.clear()
+            view = {name: target for name, target in self.targets.items() if self.access.may_submit(peer, name)}
+            self._views[who] = view
+        return view
+
+    def submit(self, request: protocol.Single | protocol.Batch, reply: Reply) -> None:
+        """Accept or refuse jobs; completes the reply, now or once they are safe."""
+        now = time.time()
+        batch = isinstance(request, protocol.Batch)
+        answer = Answer(self.engine, reply, batch=batch)
+        requests = request.jobs
+        if self.draining:
+            answer.refuse_all(requests, Code.DRAINING, DRAINING)
+            return
+        peer = reply.connection.peer
+        allowed = self._allowed(peer)
+        room, refusal = self._room(requests, peer)
+        if room < len(requests) and (batch or not room):
+            answer.refuse_all(requests, *refusal)
+            return
+        if batch and (missing := [i for i, job in enumerate(requests) if job.target not in allowed]):
+            code, message = self._missing(requests[missing[0]].target, peer)
+            answer.refuse_all(requests, code, f"$[{missing[0]}].target: {message}")
+            return
+        if isinstance(request, protocol.Single) and request.plain:
+            jobs = self._plain_jobs(request.jobs[:room], answer, allowed, now)
+        else:
+            jobs = self._make_jobs(requests[:room], answer, allowed, now)
+        if room < len(requests):
+            answer.refuse_rest(requests[room:], *refusal)
+        if jobs:
+            self.engine.enter(jobs)  # first, so that a worker is woken while the acknowledgement is on its way
+        self.engine.writer.add(jobs, answer.keyed, answer)
+
+    def _room(self, requests: list[protocol.JobRequest], peer: Peer) -> tuple[int, tuple[Code, str]]:
+        """How many of these there is room for, and what the others are told."""
+        queue = self.engine.queue
+        refusal = (Code.SPOOL_FULL, "")
+        room = len(requests)
+        if (left := queue.room()) < room:
+            room = left
+            refusal = (Code.SPOOL_FULL, SPOOL_FULL.format(queue.total, queue.max_jobs))
+        if (quotas := queue.quotas) is not None and not peer.trusted():
+            left = quotas.room(peer.uid, [len(bytes(job.arguments)) for job in requests[:room]])
+            if left < room:
+                room = left
+                limits = (quotas.max_jobs or "any number of", quotas.max_bytes or "any number of")
+                refusal = (Code.QUOTA_EXCEEDED, QUOTA_EXCEEDED.format(peer.uid, *limits))
+        return room, refusal
+
+    def _plain_jobs(self, requests: list[protocol.PlainJob], answer: Answer, allowed: Targets, now: float) -> list[Job]:
+        """The common case of `_make_jobs`, in which every line is a job and says no more than what to run."""
+        submitter = answer.reply.connection.peer.submitter
+        jobs: list[Job] = []
+        seq = self.engine.next_seq
+        try:
+            for request in requests:
+                name, options = allowed[request.target]
+                # in a sum, because bytes(...) takes twice as long
+                jobs.append(Job(seq, name, b"" + request.arguments, options, now, now, submitter))
+                seq += 1
+        except KeyError:
+            return self._make_jobs([request.in_full() for request in requests], answer, allowed, now)
+        wanted = [request.reply for request in requests].count("result")
+        if wanted:
+            answer.reply.connection.await_result(wanted)
+            for job, request in zip(jobs, requests, strict=True):
+                if request.reply == "result":
+                    job.waiter = answer.reply
+        self.engine.next_seq = seq
+        answer.entries += jobs
+        return jobs
+
+    def _make_jobs(
+        self, requests: list[protocol.JobRequest], answer: Answer, allowed: Targets, now: float
+    ) -> list[Job]:
+        """Jobs that may be queued at once; those that must be stored before are in `answer.keyed`."""
+        engine = self.engine
+        peer = answer.reply.connection.peer
+        jobs: list[Job] = []
+        for request in requests:
+            target = allowed.get(request.target)
+            if target is None:
+                code, message = self._missing(request.target, peer)
+                engine.metrics.rejected(code, 1)
+                answer.refuse(protocol.refusal(code, message, None if request.id is UNSET else request.id))
+                continue
+            name, options = target
+            if request.has_options():
+                options = options.override(request)
+            job = Job(
+                engine.next_seq, name, bytes(request.arguments), options, now, now + request.delay, peer.submitter
+            )
+            engine.next_seq += 1
+            if request.reply == "result":
+                job.waiter = answer.reply
+                answer.reply.connection.await_result(1)
+            if request.id is UNSET:
+                jobs.append(job)
+            else:
+                job.key = request.id
+            answer.add(job)
+        return jobs
+
+    def _missing(self, target: str, peer: Peer) -> tuple[Code, str]:
+        """Why the peer may submit no job of the target."""
+        if target in self.targets:
+            return Code.FORBIDDEN, self.denials.tell(peer, f"submit jobs of {target}")
+        return Code.UNKNOWN_TARGET, UNKNOWN_TARGET.format(protocol.shown(target), ", ".join(sorted(self.targets)))

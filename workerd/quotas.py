@@ -1,0 +1,68 @@
+"""What each user has queued, and how much of it a user may. Pure state; what is counted, and when, is the queue's."""
+
+from __future__ import annotations
+
+from itertools import accumulate
+from typing import TYPE_CHECKING
+
+from msgspec import Struct
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from workerd.job import Job
+
+Stored = dict[int, tuple[int, int]]  # jobs and bytes by user
+UNKNOWN = -1  # the user of jobs of whom nothing is known
+
+
+class Usage(Struct):
+    """Jobs that have not ended, and the bytes of their arguments."""
+
+    jobs: int = 0
+    bytes: int = 0
+
+
+class Quotas:
+    """`max_jobs` and `max_bytes` of one user; 0 for no limit."""
+
+    def __init__(self, max_jobs: int, max_bytes: int) -> None:
+        self.max_jobs = max_jobs
+        self.max_bytes = max_bytes
+        self.users: dict[int, Usage] = {}
+
+    def room(self, uid: int, sizes: Sequence[int]) -> int:
+        """How many jobs of these sizes (bytes), from the first on, the user may add."""
+        usage = self.users.get(uid, Usage())
+        room = min(len(sizes), max(0, self.max_jobs - usage.jobs)) if self.max_jobs else len(sizes)
+        if self.max_bytes:
+            totals = accumulate(sizes[:room], initial=usage.bytes)
+            room = sum(total <= self.max_bytes for total in totals) - 1
+        return max(0, room)
+
+    def add(self, jobs: Iterable[Job]) -> None:
+        """These are queued."""
+        for job in jobs:
+            usage = self.users.setdefault(_owner(job), Usage())
+            usage.jobs += 1
+            usage.bytes += len(job.arguments)
+
+    def remove(self, jobs: Iterable[Job]) -> None:
+        """These have ended, or are withdrawn."""
+        for job in jobs:
+            usage = self.users[_owner(job)]
+            usage.jobs -= 1
+            usage.bytes -= len(job.arguments)
+            if not usage.jobs:
+                del self.users[_owner(job)]
+
+    def load(self, stored: Stored) -> None:
+        """These are queued, too, and come from the spool one day."""
+        for uid, (jobs, size) in stored.items():
+            usage = self.users.setdefault(uid, Usage())
+            usage.jobs += jobs
+            usage.bytes += size
+
+
+def _owner(job: Job) -> int:
+    return job.submitter.uid if job.submitter else UNKNOWN
