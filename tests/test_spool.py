@@ -568,19 +568,6 @@ def test_a_database_of_another_program_is_left_alone(path: Path) -> None:
     assert path.read_bytes() == before
 
 
-def test_a_damaged_file_is_reported(path: Path, open_spool: Callable[[Path | None], Spool]) -> None:
-    """Damage is told as such, when it is met, and nothing is thrown away."""
-    spool = open_spool(path)
-    spool.commit(Changes(inserts=several(spool, 2000)))
-    spool.close()
-    with path.open("r+b") as file:
-        file.seek(4096)
-        file.write(b"\xa5" * (path.stat().st_size - 4096))
-    with pytest.raises(SpoolError, match="damaged"):  # noqa: PT012 - it may be met at once or later
-        spool = open_spool(path)
-        ready(spool)
-
-
 def test_an_impossible_path_is_reported(tmp_path: Path) -> None:
     """A path that cannot be is one clear line."""
     (tmp_path / "file").touch()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import pwd
 import time
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -162,7 +164,7 @@ def print_dead_job(job: dict[str, Any]) -> None:
             ("id", safe(job["id"])),
             ("target", safe(job["target"])),
             ("arguments", json_text(msgspec.json.encode(job["arguments"]))),
-            ("submitted", moment(job["submitted"])),
+            ("submitted", f"{moment(job['submitted'])}{_submitter(job)}"),
             ("ended", moment(job["ended"])),
             ("attempts", count(job["attempts"])),
             ("crashes", count(job["crashes"])),
@@ -174,6 +176,16 @@ def print_dead_job(job: dict[str, Any]) -> None:
         print()
         for line in safe_lines(error["traceback"]):
             print(f"    {line}")
+
+
+def _submitter(job: dict[str, Any]) -> str:
+    uid, pid = job.get("uid"), job.get("pid")
+    if uid is None:
+        return ""
+    name = str(uid)
+    with contextlib.suppress(KeyError):
+        name = pwd.getpwuid(uid).pw_name
+    return f" by {name} (pid {pid})"
 
 
 def show_dead(client: Client, ids: Sequence[str], *, as_json: bool) -> Exit:
