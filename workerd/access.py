@@ -7,6 +7,7 @@ anything, since nothing could keep them from it.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import grp
 import os
 import pwd
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 SO_PEERGROUPS = 59  # asm-generic/socket.h; the socket module has no name for it
 CREDENTIALS = struct.Struct("@iII")  # struct ucred: pid, uid, gid
-ROOM = (1024, 4 * 65536)  # bytes for the groups: of most users; of those that have as many as a process may
+MOST_GROUPS = 65536  # of one process (NGROUPS_MAX)
 ROOT = 0
 
 WHO = 'a list of users, and groups as "@staff", or ["*"] for whoever may connect'
@@ -40,11 +41,7 @@ class Peer(Struct, frozen=True):
     def of(cls, sock: socket.socket) -> Peer:
         """The peer of a Unix socket. Raises OSError."""
         pid, uid, gid = CREDENTIALS.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, CREDENTIALS.size))
-        try:
-            data = sock.getsockopt(socket.SOL_SOCKET, SO_PEERGROUPS, ROOM[0])
-        except OSError:
-            data = sock.getsockopt(socket.SOL_SOCKET, SO_PEERGROUPS, ROOM[1])
-        return cls(Submitter(uid, pid), frozenset({gid, *(number for (number,) in struct.iter_unpack("@I", data))}))
+        return cls(Submitter(uid, pid), frozenset({gid, *_groups(sock)}))
 
     @property
     def uid(self) -> int:
@@ -53,6 +50,20 @@ class Peer(Struct, frozen=True):
     def trusted(self) -> bool:
         """Root, or the daemon's own user."""
         return self.uid in {ROOT, os.geteuid()}
+
+
+def _groups(sock: socket.socket) -> list[int]:
+    """All groups of the peer but the primary one."""
+    try:
+        data = sock.getsockopt(socket.SOL_SOCKET, SO_PEERGROUPS, 1024)
+    except OSError:  # it has more groups, and the socket module takes no more bytes
+        groups = (ctypes.c_uint32 * MOST_GROUPS)()
+        length = ctypes.c_uint32(ctypes.sizeof(groups))
+        libc = ctypes.CDLL(None, use_errno=True)
+        if libc.getsockopt(sock.fileno(), socket.SOL_SOCKET, SO_PEERGROUPS, groups, ctypes.byref(length)) != 0:
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno())) from None
+        return list(groups[: length.value // ctypes.sizeof(ctypes.c_uint32)])
+    return [number for (number,) in struct.iter_unpack("@I", data)]
 
 
 class Subjects(Struct, frozen=True):
