@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import collections
+import itertools
 import json
 import re
 import select
 import shutil
+import threading
 import time
+from functools import partial
 from urllib.parse import urlencode
 
 import pytest
@@ -70,6 +74,42 @@ def test_who_may_submit(service: Service) -> None:
     assert refused.returncode != 0
     assert "workerd-submit" in refused.stderr
     assert "Traceback" not in refused.stderr
+
+
+def test_who_may_administer(service: Service) -> None:
+    """Who may submit may not retire workers, nor see or delete the dead jobs of others; root may. The journal has the
+    uid and the pid of who was denied, and of who submitted what died.
+    """
+    machine = service.machine
+    machine.run("useradd --user-group --groups workerd-submit friend", check=False)
+    uid = machine.output("id --user friend")
+    workerd = "/opt/workerd/venv/bin/workerd"
+    service.work("touch", "/nowhere", id="of-root")
+    assert machine.run(f"{workerd} submit --wait touch '\"/nowhere\"'", user="friend", check=False).returncode == 1
+    for command in (f"{workerd} dead --delete --all", f"{workerd} dead --retry of-root"):
+        refused = machine.run(command, user="friend", check=False)
+        assert refused.returncode == 1
+        assert f"user {uid} may not " in refused.stderr
+    assert "of-root" not in machine.run(f"{workerd} dead", user="friend").stdout
+    (denied, *_) = service.records("WORKERD_EVENT=access_denied", f"WORKERD_UID={uid}")
+    assert int(denied["WORKERD_PID"]) > 1
+    assert service.records("WORKERD_EVENT=job_dead", f"WORKERD_UID={uid}")
+    assert machine.run(f"{workerd} dead --delete --all").stdout == "2 jobs deleted\n"
+
+
+def test_the_sandbox_scores_as_promised_with_the_example_in_it(service: Service) -> None:
+    """`systemd-analyze security` of the running unit, with the configuration and the class that are shipped, and each
+    kind of its jobs done: 1.0 or better.
+    """
+    machine = service.machine
+    machine.write(CONFIG, (UNITS.parent / "etc/workerd.toml").read_text())
+    machine.run(f"systemctl restart {UNIT}")
+    assert service.work("hello", {"name": "you"})["status"] == "succeeded"
+    assert service.status()["config"] == CONFIG
+    printed = machine.output(f"systemd-analyze security --no-pager {UNIT}")
+    score = re.search(r"Overall exposure level for \S+: ([0-9.]+)", printed)
+    assert score
+    assert float(score[1]) <= 1.0
 
 
 def test_jobs_are_confined(service: Service) -> None:
@@ -282,6 +322,49 @@ def test_clients_of_a_restart_wait(service: Service) -> None:
             other.close()
     assert service.pid != old
     wait_until(lambda: sorted(service.notes(), key=int) == [str(n) for n in range(50)], "every note is written, once")
+
+
+def test_restarts_in_a_loop_under_load(service: Service) -> None:
+    """`systemctl restart` again and again while clients connect and submit all the time: no connection is ever refused,
+    and every job that was acknowledged has run.
+    """
+    over = threading.Event()
+    accepted: list[int] = []
+    troubles: list[str] = []
+    numbers = itertools.count()
+
+    def load() -> None:
+        while not over.is_set():
+            try:
+                with service.connect() as client:
+                    for _ in range(50):
+                        asked = [next(numbers) for _ in range(20)]
+                        client.send(b"".join(json.dumps(job("note", n)).encode() + b"\n" for n in asked))
+                        accepted.extend(number for number in asked if client.recv().get("status"))
+            except (EOFError, BrokenPipeError, ConnectionResetError):
+                pass  # the daemon that had it is gone; what it had not answered nobody knows
+            except OSError as error:
+                troubles.append(repr(error))
+
+    clients = [threading.Thread(target=load) for _ in range(3)]
+    for client in clients:
+        client.start()
+    pids = {service.pid}
+    for _ in range(6):
+        enough = len(accepted) + 100
+        wait_until(partial(lambda enough: len(accepted) > enough, enough), "jobs are accepted")
+        service.machine.run(f"systemctl restart {UNIT}")
+        pids.add(service.pid)
+    over.set()
+    for client in clients:
+        client.join()
+    assert troubles == []
+    assert len(pids) == 7
+    service.wait_for_status(lambda status: not any(status["jobs"].values()), "all jobs are done")
+    ran = collections.Counter(map(int, service.notes()))
+    assert len(accepted) >= 700
+    assert set(accepted) - set(ran) == set(), "none is lost"
+    assert [number for number in accepted if ran[number] > 1] == [], "nor run twice: a restart is orderly"
 
 
 def test_client_starts_a_stopped_daemon(service: Service) -> None:
