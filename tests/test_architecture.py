@@ -41,7 +41,7 @@ LAYERS: list[set[str]] = [
     },
     {"answer", "engine", "admission", "control", "recovery", "reporter", "daemon"},
     {
-        *("cli", "exits", "reports", "submission", "daemonize", "terminal"),
+        *("cli", "exits", "export", "reports", "submission", "daemonize", "terminal"),
         *("client", "connection", "lines", "pipeline", "replies", "local", "__main__", "__init__"),
     },
 ]
@@ -66,9 +66,10 @@ NEIGHBOURS: dict[str, set[str]] = {
     "pipeline": {"connection", "lines", "replies"},
     "client": {"connection", "lines", "pipeline", "replies"},
     "exits": {"terminal"},
+    "export": {"terminal"},
     "reports": {"client", "terminal"},
     "submission": {"client", "lines", "pipeline", "replies", "terminal"},
-    "cli": {"client", "daemonize", "exits", "reports", "submission", "__init__"},
+    "cli": {"client", "daemonize", "exits", "export", "reports", "submission", "__init__"},
     "__main__": {"cli"},
     "__init__": {"local"},
 }

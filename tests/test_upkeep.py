@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -155,7 +156,7 @@ def used_spool(path: Path, jobs: int = 2000) -> None:
     """A spool that a daemon has used, with ready jobs in it."""
     spool = Spool.open(path)
     seqs = range(spool.first_seq, spool.first_seq + jobs)
-    spool.commit(Changes(inserts=[Job(seq, "target", b"[1]" * 100, Options(), NOW, NOW) for seq in seqs]))
+    spool.commit(Changes(inserts=[Job(seq, "target", b"[%d]" % 10**99, Options(), NOW, NOW) for seq in seqs]))
     spool.close()
     os.close(Claims.open(path.with_name("spool.db.claims")).fd)
 
@@ -257,3 +258,78 @@ def test_a_daemon_that_finds_damage_as_it_starts_starts_all_the_same(tmp_path: P
         daemon.start()
         assert daemon.run("echo", 1)["result"] == 1
         assert Path(f"{spool}.damaged").exists()
+
+
+# --- export -----------------------------------------------------------------------------------------------
+
+
+def export(path: Path, *arguments: str) -> tuple[int, list[dict[str, object]], str]:
+    command = [sys.executable, "-m", "workerd", "export", *arguments, str(path)]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
+    return done.returncode, [json.loads(line) for line in done.stdout.splitlines()], done.stderr
+
+
+def test_jobs_of_a_damaged_spool_are_saved(path: Path) -> None:
+    """Pages overwritten in two places: all jobs but those in the damage are told, as lines that can be submitted."""
+    used_spool(path, 20_000)
+    overwrite(path, 4096 * 400, 4096 * 410)
+    overwrite(path, 4096 * 900, 4096 * 905)
+    status, jobs, said = export(path)
+    assert status == 1
+    assert 19_000 < len(jobs) < 20_000
+    assert len({str(found["id"]) for found in jobs}) == len(jobs)
+    assert said.startswith(f"workerd: {len(jobs):,} jobs\n")
+    assert 1 <= said.count("cannot be read") <= 15
+
+
+def test_an_export_can_be_submitted(tmp_path: Path) -> None:
+    """Exported from a spool that was put aside and submitted: ids, options, delays and arguments are what they were, and
+    submitting it again runs nothing twice.
+    """
+    source = """
+class T:
+    def echo(self, arguments): return arguments
+    def fail(self, arguments): raise ValueError(arguments)
+"""
+    with Daemon(tmp_path, source) as daemon:
+        text = b'{"target": "echo", "arguments": {"n": 1e400, "t": "\\u00e9\xc3\xa9"}, "delay": 3600, "timeout": 9.5}\n'
+        first = daemon.connect().request(text)["id"]
+        daemon.request(job("echo", [1, 2], id="own", delay=7200, priority=7, backoff={"base": 2, "cap": 9}))
+        daemon.request(job("fail", "x", id="dead"))
+        daemon.wait_until(lambda status: status["jobs"]["dead"] == 1)
+        daemon.stop()
+        aside = tmp_path / "aside.db"
+        (tmp_path / "spool.db").rename(aside)
+        (tmp_path / "spool.db.claims").unlink()
+        status, jobs, said = export(aside)
+        assert (status, said) == (0, "workerd: 2 jobs\n")
+        assert [found["id"] for found in jobs] == [first, "own"]
+        assert (jobs[0]["timeout"], jobs[1]["priority"], jobs[1]["backoff"]) == (9.5, 7, {"base": 2.0, "cap": 9.0})
+        assert 7000 < float(str(jobs[1]["delay"])) < 7200
+        assert [found["id"] for found in export(aside, "--dead")[1]] == ["dead"]
+        daemon.start()
+        lines = tmp_path / "jobs.ndjson"
+        lines.write_text(daemon.command("export", str(aside)).stdout)
+        for counted in ("2 accepted", "2 duplicate"):
+            assert counted in daemon.command("submit", "--file", str(lines)).stdout
+        db = sqlite3.connect(tmp_path / "spool.db")
+        assert db.execute("SELECT arguments FROM jobs WHERE key = ?", (first,)).fetchone() == (
+            b'{"n": 1e400, "t": "\\u00e9\xc3\xa9"}',
+        )
+        db.close()
+
+
+def test_what_is_no_spool_is_not_exported(tmp_path: Path, path: Path, old: Path) -> None:
+    """A missing file, another file, another program's database: one line each. An older spool is read as it is."""
+    (tmp_path / "text").write_text("hello\n" * 1000)
+    other = sqlite3.connect(tmp_path / "other.db")
+    other.execute("CREATE TABLE jobs (seq)")
+    other.close()
+    for name in ("missing", "text", "other.db"):
+        status, jobs, said = export(tmp_path / name)
+        assert (status, jobs, said.count("\n")) == (1, [], 1)
+    status, jobs, _ = export(old)
+    assert [found["target"] for found in jobs] == ["one", "late"]
+    assert status == 1, "the arguments of the third are no JSON"

@@ -255,6 +255,21 @@ def dead(
     return Exit.OK
 
 
+@workerd.command()
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--dead", is_flag=True, help="The dead jobs, in place of those that have not ended.")
+def export(file: Path, *, dead: bool) -> int:
+    """Print the jobs in a spool's FILE, one a line, as `submit --file` takes them.
+
+    For a file that no daemon uses: a damaged one that was put aside, one of an older version, a backup. Each job
+    has its id, so that none is run twice which the daemon still knows. Exit status 1 when something could not be
+    read.
+    """
+    from workerd.export import export
+
+    return export(file, dead=dead)
+
+
 def _client(socket: str) -> Client:
     from workerd.client import Client
 

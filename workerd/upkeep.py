@@ -123,7 +123,7 @@ def put_aside(path: Path, why: str) -> None:
     beside(path, SUSPECT).unlink(missing_ok=True)
     text = (
         "the spool %s is damaged (%s). It was put aside as %s and a new one is begun: its jobs are not lost, but do "
-        "not run either; see the README, under Operations, for how to save them"
+        "not run either; `workerd export` tells those that can be read"
     )
     log.error(text, path, why, kept, extra={"event": "spool_quarantined"})
 

@@ -81,6 +81,13 @@ def test_what_jobs_need_costs_what_it_says(tmp_path: Path, block: tuple[float, s
     assert exposure(tmp_path, "workerd.service", block[1]) == pytest.approx(block[0], abs=0.21)
 
 
+def test_the_readme_tells_the_same_costs() -> None:
+    """Each block has its row in the README, under Security, with the same score."""
+    table = (UNITS.parent / "README.md").read_text().partition("| jobs may | score |")[2].partition("\n\n")[0]
+    told = [float(row) for row in re.findall(r"\| ([0-9.]+)(?:; [0-9.]+)? \|$", table, re.MULTILINE)]
+    assert sorted(told) == sorted(score for score, _ in blocks())
+
+
 def test_no_block_opens_the_sandbox_wide() -> None:
     """Whichever one block is given to jobs, the network included, the sandbox stays as tight as was promised."""
     assert max(score for score, _ in blocks()) <= MOST_EXPOSED

@@ -1,0 +1,136 @@
+"""`workerd export`: the jobs in a spool file, as lines that `workerd submit --file` takes.
+
+For files that no daemon uses: one that was put aside as damaged, one of an older schema, a backup. Of a damaged file
+everything is told that can still be read.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from workerd.errors import Exit, WorkerdError
+from workerd.job import Options, State
+from workerd.spoolfile import APPLICATION_ID
+from workerd.terminal import complain, count
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from pathlib import Path
+
+ROWS = "SELECT seq, key, target, options, ready_at, arguments FROM jobs NOT INDEXED WHERE seq > ? AND state IN ({}) "
+LIVING = (State.READY, State.SCHEDULED)
+
+
+class Reader:
+    """Reads rows by seq; `gaps` are the ranges of seqs (from above, to below) in which nothing could be read."""
+
+    def __init__(self, db: sqlite3.Connection, states: Sequence[State]) -> None:
+        self.gaps: list[tuple[int, int]] = []
+        self._db = db
+        self._sql = ROWS.format(",".join(str(int(state)) for state in states)) + "ORDER BY seq"
+
+    def rows(self) -> Iterator[tuple[Any, ...]]:
+        """All that can be read."""
+        at = -1
+        last = self._last()
+        while True:
+            try:
+                for row in self._db.execute(self._sql, (at,)):
+                    yield row
+                    at = row[0]
+            except sqlite3.DatabaseError:
+                beyond = self._beyond(at, last)
+                self.gaps.append((at, beyond))
+                at = beyond - 1
+                if at >= last:
+                    return
+            else:
+                return
+
+    def _last(self) -> int:
+        try:
+            return int(self._db.execute("SELECT coalesce(max(seq), 0) FROM jobs").fetchone()[0])
+        except sqlite3.DatabaseError:
+            return 2**62
+
+    def _beyond(self, at: int, last: int) -> int:
+        """A seq behind the damage that follows `at`, from which on there are rows, or one after the last."""
+        step = 1
+        while (begin := at + step) <= last:
+            try:
+                found = self._db.execute(self._sql + " LIMIT 1", (begin,)).fetchone()
+            except sqlite3.DatabaseError:
+                step *= 2
+            else:
+                return int(found[0]) if found else last + 1
+        return last + 1
+
+
+def export(path: Path, *, dead: bool) -> Exit:
+    """Print the jobs that have not ended, or the dead ones. Raises WorkerdError for what is no spool."""
+    db = _connect(path)
+    reader = Reader(db, [State.DEAD] if dead else LIVING)
+    told = unreadable = 0
+    try:
+        identity = _identity(db)
+        for row in reader.rows():
+            line = _line(row, identity)
+            if line is None:
+                unreadable += 1
+            else:
+                sys.stdout.write(line)
+                told += 1
+    finally:
+        db.close()
+    complain(count(told, "job"))
+    if unreadable:
+        complain(f"{count(unreadable, 'job')} with fields that make no sense are left out")
+    for after, before in reader.gaps:
+        complain(f"what lies between job {after:x} and job {before:x} cannot be read")
+    return Exit.FAILED if unreadable or reader.gaps else Exit.OK
+
+
+def _connect(path: Path) -> sqlite3.Connection:
+    try:
+        with path.open("rb"):
+            pass
+    except OSError as error:
+        raise WorkerdError(f"{path}: {error.strerror}; name the file of a spool") from None
+    db = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)
+    try:
+        owner = db.execute("PRAGMA application_id").fetchone()[0]
+        db.execute("SELECT 1 FROM jobs LIMIT 0")
+    except sqlite3.DatabaseError as error:
+        db.close()
+        raise WorkerdError(f"{path}: {error}; its beginning is needed to read anything of it") from None
+    if owner != APPLICATION_ID:
+        db.close()
+        raise WorkerdError(f"{path}: is no spool of workerd's; name one, or a file that was put aside")
+    return db
+
+
+def _identity(db: sqlite3.Connection) -> str:
+    try:
+        return str(db.execute("SELECT value FROM meta WHERE name = 'identity'").fetchone()[0])
+    except (sqlite3.DatabaseError, TypeError):
+        return "unknown"
+
+
+def _line(row: tuple[Any, ...], identity: str) -> str | None:
+    """The job as a request, under the id that it had; None if there is damage in it."""
+    seq, key, target, options, ready_at, arguments = row
+    try:
+        arguments.decode()
+        msgspec.json.decode(arguments, type=msgspec.Raw)  # a number may be too large for us, and is theirs all the same
+        given = msgspec.structs.asdict(msgspec.json.decode(options, type=Options))
+        request = {"target": target, "arguments": msgspec.Raw(arguments), "id": key or f"{identity}-{seq:x}", **given}
+        if (delay := ready_at - time.time()) > 0:
+            request["delay"] = delay
+        return msgspec.json.encode(request).decode() + "\n"
+    except (msgspec.MsgspecError, UnicodeError, RecursionError, AttributeError, TypeError, ValueError):
+        return None
