@@ -88,7 +88,12 @@ class Dispatcher:
         self._look_later()
 
     def patience(self, priority: int) -> float:
-        """Seconds in which the waiting jobs of this priority should all have ended; 0 when that is not soon."""
+        """Seconds in which the waiting jobs of this priority should all have ended; 0 when that is not soon.
+
+        Nor is it worth waiting where jobs are not quick: to write one costs little beside running it.
+        """
+        if not self._queue.quick():
+            return 0.0
         free = sum(not process.holder.slow for process in self._workers.working())
         ahead = self._queue.backlog.ready_up_to(priority)
         if not free or ahead is None:

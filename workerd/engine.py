@@ -180,7 +180,7 @@ class Engine:
                     fresh = not (job.stored or job.attempts or job.crashes)
                     (writer.changes.inserts if fresh else writer.changes.updates).append(job)
         if writer.changes:
-            writer.wake()
+            writer.wake(at_once=not queue.quick())
         self.on_change()
         while (refill := queue.backlog.wanted()) is not None:
             self.pool.loop.create_task(self._refill(refill))

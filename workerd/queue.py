@@ -28,6 +28,7 @@ BATCH_JOBS = 2048
 BATCH_SECONDS = 0.002  # estimated work in one batch; a slower job travels alone
 SMALL_BATCH = 16  # jobs, to begin with, of one that is less urgent than what has come of late
 WAITING = (State.READY, State.SCHEDULED)
+QUICK = 0.001  # seconds that a job takes which is not
 LEARNING = 0.2  # weight of the newest batch in a target's estimate
 
 
@@ -85,6 +86,10 @@ class JobQueue:
         self.less_urgent = BATCH_JOBS  # ... and how many jobs, at most, of a lower one are given out at once
         self.estimates: dict[str, float] = {}  # seconds that a job of each target takes
         self.pace = inf  # ... and one of the present mixture
+
+    def quick(self) -> bool:
+        """Whether jobs are so quick at present that writing one down is much beside running it."""
+        return self.pace < QUICK
 
     # --- jobs come in -------------------------------------------------------------------------------------
 

@@ -31,7 +31,7 @@ log = logging.getLogger("workerd")
 
 T = TypeVar("T")
 
-LINGER = 0.02  # seconds for which mere endings of jobs wait for company: nobody waits for them
+LINGER = 0.02  # seconds for which mere endings of quick jobs wait for company
 RETRY = 0.25  # seconds between attempts while the disk refuses
 FEW = 16  # jobs in memory that are acknowledged at once; the sender of more can wait, and so not run ahead
 ENDED = (State.SUCCEEDED, State.DEAD)  # a dead job is stored by its burial
@@ -114,9 +114,9 @@ class Writer:
             for entry in over:
                 entry.pending.committed(NOTHING)
 
-    def wake(self) -> None:
-        """Something has ended, and nobody waits for it to be written: soon will do."""
-        self._alarm.within(LINGER)
+    def wake(self, *, at_once: bool) -> None:
+        """Something has ended. Nobody waits for it to be written, but it runs again if we die before that."""
+        self._alarm.within(0.0 if at_once else LINGER)
 
     async def call(self, function: Callable[[Spool], T]) -> T:
         """Run something on the spool's thread, after all that has been handed in so far. Raises SpoolError."""
