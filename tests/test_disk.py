@@ -1,0 +1,315 @@
+"""A disk that refuses, or that takes its time: what clients are told, what goes on meanwhile, and how it heals."""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+import signal
+import threading
+import urllib.error
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from daemon_process import Daemon, job, wait_until
+from faults.shim import Call, Shim, compiler
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+SOURCE = """
+import os, time
+class Targets:
+    def record(self, arguments):
+        fd = os.open(arguments[0], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+        os.write(fd, b"%s\\n" % arguments[1].encode())
+        os.close(fd)
+    def fail(self, arguments): raise ValueError("no")
+    def wait_for(self, arguments):
+        while not os.path.exists(arguments): time.sleep(0.01)
+"""
+WRITING = Call.WRITE | Call.ALLOCATE | Call.TRUNCATE | Call.CREATE
+FAULTS = {
+    "no space": (WRITING, errno.ENOSPC, "no space is left for it"),
+    "quota": (WRITING, errno.EDQUOT, "disk I/O error"),
+    "read-only": (WRITING, errno.EROFS, "disk I/O error"),
+    "write error": (WRITING, errno.EIO, "disk refuses to work"),
+    "sync error": (Call.SYNC, errno.EIO, "disk refuses to work"),
+    "sync without space": (Call.SYNC, errno.ENOSPC, "disk refuses to work"),
+    "sync beyond quota": (Call.SYNC, errno.EDQUOT, "disk refuses to work"),
+}
+
+pytestmark = pytest.mark.skipif(not compiler(), reason="needs a C compiler: apt-get install gcc libc6-dev")
+
+
+@pytest.fixture
+def shim(tmp_path: Path) -> Shim:
+    """Faults for the spool's files; the ledgers of the tests are not among them."""
+    return Shim(tmp_path, tmp_path / "spool.db")
+
+
+class Ledger:
+    """What has run: a file with a line for each run of a job."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def lines(self) -> list[str]:
+        return self._path.read_text().split() if self._path.exists() else []
+
+    def job(self, name: str, **fields: Any) -> dict[str, Any]:
+        return job("record", [str(self._path), name], **fields)
+
+
+@pytest.fixture
+def ledger(tmp_path: Path) -> Ledger:
+    return Ledger(tmp_path / "ledger")
+
+
+def answer(daemon: Daemon, path: str) -> int:
+    """The HTTP status."""
+    try:
+        daemon.scrape(path)
+    except urllib.error.HTTPError as error:
+        return error.code
+    return 200
+
+
+def healed(daemon: Daemon) -> bool:
+    return not daemon.status()["spool"]["failing"]
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_disk_that_refuses(tmp_path: Path, shim: Shim, ledger: Ledger, fault: str) -> None:
+    """While the disk refuses, so does the daemon, and says why, to clients, systemd and Prometheus; what it has already is
+    run. Once the disk works it heals by itself: jobs are taken again, those that had ended are written as such, so that
+    after a kill -9 none runs again.
+    """
+    calls, number, reason = FAULTS[fault]
+    gate = tmp_path / "gate"
+    with Daemon(tmp_path, SOURCE, environment=shim.environment()) as daemon, daemon.connect() as client:
+        assert daemon.run("fail", id="dead")["status"] == "dead"
+        before = [ledger.job(f"stored-{n}", **({"id": f"id-{n}"} if n % 2 else {})) for n in range(20)]
+        waiting = [job("wait_for", str(gate), priority=0) for _ in range(2)]
+        assert {reply["status"] for reply in client.pipeline(waiting + before)} == {"accepted"}
+        daemon.wait_until(lambda status: status["jobs"]["running"] == 2)
+
+        shim.fail(calls, number)
+        said = len(daemon.notifications.messages)
+        for request in (ledger.job("refused", id="refused"), ledger.job("nameless", priority=200)):
+            error = client.request(request)["error"]
+            assert error["code"] == "spool_failed"
+            assert reason in error["message"]
+        several = client.batch([ledger.job("batch", id="batch"), ledger.job("batch", priority=200)])
+        assert several["error"]["code"] == "spool_failed"
+        for action in ("retry", "delete"):
+            reply = client.request({"command": "dead", "action": action, "id": "dead"})
+            assert reply["error"]["code"] == "spool_failed"
+        assert shim.failed
+        assert client.request({"command": "ping"})["result"]["state"] == "running"
+        assert reason in daemon.status()["spool"]["failing"]
+        assert daemon.metrics()["workerd_spool_failing"] == 1
+        assert (answer(daemon, "/readyz"), answer(daemon, "/healthz")) == (503, 200)
+        daemon.notifications.wait_for(lambda message: "spool failing" in message.get("STATUS", ""), since=said)
+        assert "the spool cannot be written" in daemon.log
+        gate.touch()
+        stored = sorted(f"stored-{n}" for n in range(20))
+        wait_until(lambda: len(ledger.lines()) >= 20, "jobs that are there already are run")
+        assert sorted(ledger.lines()) == stored
+
+        said = len(daemon.notifications.messages)
+        shim.heal()
+        wait_until(lambda: healed(daemon), "it heals by itself")
+        assert client.request(ledger.job("refused", id="refused"))["status"] == "accepted", "it had not been stored"
+        assert (answer(daemon, "/readyz"), daemon.metrics()["workerd_spool_failing"]) == (200, 0)
+        daemon.notifications.wait_for(
+            lambda message: "STATUS" in message and "failing" not in message["STATUS"], since=said
+        )
+        assert "the spool can be written again" in daemon.log
+        daemon.wait_until_done()
+        # whatever had ended by now is written together with this one
+        assert client.request(ledger.job("later", id="later", delay=3600))["status"] == "accepted"
+        ran = sorted(ledger.lines())
+        assert ran == sorted([*stored, "refused"])
+        daemon.kill(signal.SIGKILL)
+        daemon.start()
+        status = daemon.wait_until(lambda status: not status["jobs"]["ready"] and not status["jobs"]["running"])
+        assert (status["jobs"]["scheduled"], status["jobs"]["dead"]) == (1, 1)
+        assert sorted(ledger.lines()) == ran, "no job is run twice"
+
+
+def test_jobs_run_in_memory_while_the_disk_refuses(tmp_path: Path, shim: Shim, ledger: Ledger) -> None:
+    """A job without an id that ends before it could be written needs no disk: it is accepted, for it has run."""
+    with Daemon(tmp_path, SOURCE, environment=shim.environment()) as daemon, daemon.connect() as client:
+        shim.fail(WRITING, errno.ENOSPC)
+        assert client.request(ledger.job("own", id="own"))["error"]["code"] == "spool_failed"
+        accepted = 0
+
+        def some_accepted() -> bool:
+            nonlocal accepted
+            reply = client.request(ledger.job(name := f"job-{accepted}"))
+            if "error" in reply:
+                assert reply["error"]["code"] == "spool_failed"
+            else:
+                assert name in ledger.lines()
+                accepted += 1
+            return accepted == 20
+
+        wait_until(some_accepted)
+        shim.heal()
+        wait_until(lambda: healed(daemon))
+        assert "own" not in ledger.lines()
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_an_acknowledged_job_is_on_the_disk(tmp_path: Path, shim: Shim, ledger: Ledger, fault: str) -> None:
+    """Clients send all the while; the disk fails now and then, then for good; the daemon is killed at that. On the disk
+    that works again, every job that was acknowledged runs, and those with ids once.
+    """
+    calls, number, _ = FAULTS[fault]
+    accepted: set[str] = set()
+    refused: set[str] = set()
+    gate = tmp_path / "gate"
+
+    def send(daemon: Daemon, name: str) -> None:
+        try:
+            with daemon.connect() as client:
+                for n in range(100_000):
+                    names = [f"{name}-{n}-{i}" for i in range(8)]
+                    requests = [ledger.job(name, **({"id": name} if i % 2 else {})) for i, name in enumerate(names)]
+                    for name_, reply in zip(names, client.pipeline(requests), strict=True):
+                        (refused if "error" in reply else accepted).add(name_)
+        except (EOFError, OSError):
+            pass  # the daemon is dead
+
+    with Daemon(tmp_path, SOURCE, environment=shim.environment()) as daemon:
+        daemon.request([job("wait_for", str(gate), priority=0, max_crashes=10) for _ in range(2)])
+        daemon.wait_until(lambda status: status["jobs"]["running"] == 2)
+        clients = [threading.Thread(target=send, args=(daemon, f"client{n}")) for n in range(3)]
+        for thread in clients:
+            thread.start()
+        dice = random.Random(fault)
+        for _ in range(5):
+            counts = (len(accepted), len(refused))
+            shim.fail(calls, number, skip=dice.randrange(30), times=dice.randrange(1, 4))
+            wait_until(lambda counts=counts: len(refused) > counts[1] and len(accepted) > counts[0])
+        counts = (len(accepted), len(refused))
+        shim.fail(calls, number, skip=dice.randrange(30))
+        wait_until(lambda: len(refused) > counts[1])
+        daemon.kill(signal.SIGKILL)
+        for thread in clients:
+            thread.join()
+        assert not ledger.lines()
+        shim.heal()
+        gate.touch()
+        daemon.start()
+        daemon.wait_until_done()
+        ran = ledger.lines()
+        assert accepted <= set(ran)
+        assert len(ran) == len(set(ran)), "a job ran twice"
+
+
+def test_a_stalled_sync_holds_up_nothing_else(tmp_path: Path, shim: Shim, ledger: Ledger) -> None:
+    """While the disk does not come back from a sync, ping, status, metrics and the watchdog go on, and jobs that are there
+    already, or that need no disk, are run; what waits for the disk is acknowledged when it is back, not before.
+    """
+    gate = tmp_path / "gate"
+    environment = shim.environment(WATCHDOG_USEC="200000")
+    with (
+        Daemon(tmp_path, SOURCE, environment=environment) as daemon,
+        daemon.connect() as waiting,
+        daemon.connect() as client,
+    ):
+        before = [job("wait_for", str(gate), priority=0) for _ in range(2)] + [ledger.job(f"{n}") for n in range(20)]
+        assert {reply["status"] for reply in client.pipeline(before)} == {"accepted"}
+        daemon.wait_until(lambda status: status["jobs"]["running"] == 2)
+        shim.stall()
+        waiting.send(ledger.job("slow", id="slow"))
+        wait_until(lambda: shim.stalled, "a sync is held up")
+        since = len(daemon.notifications.messages)
+
+        def beats() -> int:
+            return sum("WATCHDOG" in message for message in daemon.notifications.messages[since:])
+
+        gate.touch()
+        wait_until(lambda: len(ledger.lines()) == 20, "what is there already is run")
+        for n in range(10):  # needs no disk
+            client.send(ledger.job(f"quick-{n}", reply="result"))
+        assert {client.recv()["status"] for _ in range(20)} == {"accepted", "succeeded"}
+        wait_until(lambda: beats() >= 10, "the watchdog is fed")
+        assert client.request({"command": "ping"})["result"]["state"] == "running"
+        assert daemon.status()["state"] == "running"
+        assert (answer(daemon, "/healthz"), answer(daemon, "/readyz")) == (200, 200)
+        assert shim.stalled
+        waiting.socket.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            waiting.socket.recv(1)
+        assert "slow" not in ledger.lines()
+        waiting.socket.settimeout(60)
+        shim.heal()
+        assert waiting.recv()["status"] == "accepted"
+        wait_until(lambda: "slow" in ledger.lines())
+
+
+@pytest.mark.parametrize("seconds", [0.2, 5.0])
+def test_a_slow_disk_only_takes_longer(tmp_path: Path, shim: Shim, ledger: Ledger, seconds: float) -> None:
+    """Syncs of 200 ms, or of 5 s: jobs that come meanwhile share the next one, all are acknowledged, and run once."""
+    with Daemon(tmp_path, SOURCE, environment=shim.environment()) as daemon, daemon.connect() as client:
+        shim.stall(seconds)
+        first = [ledger.job(f"first-{n}", id=f"first-{n}") for n in range(10)]
+        rest = [ledger.job(f"rest-{n}", id=f"rest-{n}") for n in range(500)]
+        for request in first:
+            client.send(request)
+        wait_until(lambda: shim.stalled)
+        commits = daemon.metrics()["workerd_spool_commit_seconds_count"]
+        for request in rest:
+            client.send(request)
+        assert {client.recv()["status"] for _ in first + rest} == {"accepted"}
+        assert daemon.metrics()["workerd_spool_commit_seconds_count"] < commits + 50
+        shim.heal()
+        daemon.wait_until_done()
+        assert len(ledger.lines()) == len(set(ledger.lines())) == 510
+
+
+def test_short_writes_are_completed(tmp_path: Path, shim: Shim, ledger: Ledger) -> None:
+    """A kernel that takes a few bytes at a time is no error."""
+    with Daemon(tmp_path, SOURCE, environment=shim.environment()) as daemon, daemon.connect() as client:
+        shim.split_writes(100)
+        assert client.request(ledger.job("a", id="a" * 128, delay=3600))["status"] == "accepted"
+        daemon.kill(signal.SIGKILL)
+        daemon.start()
+        assert daemon.status()["jobs"]["scheduled"] == 1
+
+
+def test_a_daemon_stops_while_the_disk_refuses(tmp_path: Path, shim: Shim, ledger: Ledger) -> None:
+    """An orderly stop does not wait for the disk: it says what could not be written, and that runs again."""
+    gate = tmp_path / "gate"
+    with Daemon(tmp_path, SOURCE, environment=shim.environment()) as daemon, daemon.connect() as client:
+        waiting = [job("wait_for", str(gate), priority=0) for _ in range(2)]
+        assert {r["status"] for r in client.pipeline([*waiting, ledger.job("again", id="x")])} == {"accepted"}
+        daemon.wait_until(lambda status: status["jobs"]["running"] == 2)
+        shim.fail(WRITING | Call.SYNC)
+        gate.touch()
+        wait_until(lambda: ledger.lines() == ["again"])
+        daemon.wait_until_done()
+        assert daemon.stop() == 0
+        assert "3 jobs have ended, which could not be written: they run again" in daemon.log
+        shim.heal()
+        daemon.start()
+        daemon.wait_until_done()
+        assert ledger.lines() == ["again", "again"]
+
+
+def test_a_start_on_a_full_disk_is_refused_in_one_line(tmp_path: Path, shim: Shim, ledger: Ledger) -> None:
+    """Without space a daemon does not start, says why, and leaves the spool as it was."""
+    with Daemon(tmp_path, SOURCE, environment=shim.environment()) as daemon:
+        assert daemon.request(ledger.job("kept", id="kept", delay=3600))["status"] == "accepted"
+        daemon.kill(signal.SIGKILL)
+        shim.fail(WRITING, errno.ENOSPC)
+        refused = daemon.command("run", "--config", str(daemon.config_file))
+        assert refused.returncode not in {0, -signal.SIGKILL}
+        assert len(refused.stderr.strip().splitlines()) == 1, refused.stderr
+        assert os.strerror(errno.ENOSPC) in refused.stderr or "no space is left" in refused.stderr
+        shim.heal()
+        daemon.start()
+        assert daemon.status()["jobs"]["scheduled"] == 1
