@@ -6,28 +6,18 @@ import errno
 import os
 import random
 import signal
-import threading
 import urllib.error
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING
 
 import pytest
-from daemon_process import Daemon, job, wait_until
-from faults.shim import Call, Shim, compiler
+from daemon_process import Daemon, wait_until
+from faults.clients import SOURCE, Clients, Ledger, block_workers
+from faults.shim import ALWAYS, Call, Shim, compiler
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-SOURCE = """
-import os, time
-class Targets:
-    def record(self, arguments):
-        fd = os.open(arguments[0], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-        os.write(fd, b"%s\\n" % arguments[1].encode())
-        os.close(fd)
-    def fail(self, arguments): raise ValueError("no")
-    def wait_for(self, arguments):
-        while not os.path.exists(arguments): time.sleep(0.01)
-"""
 WRITING = Call.WRITE | Call.ALLOCATE | Call.TRUNCATE | Call.CREATE
 FAULTS = {
     "no space": (WRITING, errno.ENOSPC, "no space is left for it"),
@@ -46,19 +36,6 @@ pytestmark = pytest.mark.skipif(not compiler(), reason="needs a C compiler: apt-
 def shim(tmp_path: Path) -> Shim:
     """Faults for the spool's files; the ledgers of the tests are not among them."""
     return Shim(tmp_path, tmp_path / "spool.db")
-
-
-class Ledger:
-    """What has run: a file with a line for each run of a job."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
-    def lines(self) -> list[str]:
-        return self._path.read_text().split() if self._path.exists() else []
-
-    def job(self, name: str, **fields: Any) -> dict[str, Any]:
-        return job("record", [str(self._path), name], **fields)
 
 
 @pytest.fixture
@@ -89,10 +66,10 @@ def test_a_disk_that_refuses(tmp_path: Path, shim: Shim, ledger: Ledger, fault: 
     gate = tmp_path / "gate"
     with Daemon(tmp_path, SOURCE, environment=shim.environment()) as daemon, daemon.connect() as client:
         assert daemon.run("fail", id="dead")["status"] == "dead"
-        before = [ledger.job(f"stored-{n}", **({"id": f"id-{n}"} if n % 2 else {})) for n in range(20)]
-        waiting = [job("wait_for", str(gate), priority=0) for _ in range(2)]
-        assert {reply["status"] for reply in client.pipeline(waiting + before)} == {"accepted"}
-        daemon.wait_until(lambda status: status["jobs"]["running"] == 2)
+        before = [ledger.job(f"stored-{n}") for n in range(10)]
+        before += [ledger.job(f"stored-{n}", id=f"id-{n}") for n in range(10, 20)]
+        block_workers(daemon, gate)
+        assert {reply["status"] for reply in client.pipeline(before)} == {"accepted"}
 
         shim.fail(calls, number)
         said = len(daemon.notifications.messages)
@@ -164,48 +141,27 @@ def test_jobs_run_in_memory_while_the_disk_refuses(tmp_path: Path, shim: Shim, l
 @pytest.mark.parametrize("fault", FAULTS)
 def test_an_acknowledged_job_is_on_the_disk(tmp_path: Path, shim: Shim, ledger: Ledger, fault: str) -> None:
     """Clients send all the while; the disk fails now and then, then for good; the daemon is killed at that. On the disk
-    that works again, every job that was acknowledged runs, and those with ids once.
+    that works again, every job that was acknowledged runs, and none twice.
     """
     calls, number, _ = FAULTS[fault]
-    accepted: set[str] = set()
-    refused: set[str] = set()
     gate = tmp_path / "gate"
-
-    def send(daemon: Daemon, name: str) -> None:
-        try:
-            with daemon.connect() as client:
-                for n in range(100_000):
-                    names = [f"{name}-{n}-{i}" for i in range(8)]
-                    requests = [ledger.job(name, **({"id": name} if i % 2 else {})) for i, name in enumerate(names)]
-                    for name_, reply in zip(names, client.pipeline(requests), strict=True):
-                        (refused if "error" in reply else accepted).add(name_)
-        except (EOFError, OSError):
-            pass  # the daemon is dead
-
+    dice = random.Random(fault)
     with Daemon(tmp_path, SOURCE, environment=shim.environment()) as daemon:
-        daemon.request([job("wait_for", str(gate), priority=0, max_crashes=10) for _ in range(2)])
-        daemon.wait_until(lambda status: status["jobs"]["running"] == 2)
-        clients = [threading.Thread(target=send, args=(daemon, f"client{n}")) for n in range(3)]
-        for thread in clients:
-            thread.start()
-        dice = random.Random(fault)
-        for _ in range(5):
-            counts = (len(accepted), len(refused))
-            shim.fail(calls, number, skip=dice.randrange(30), times=dice.randrange(1, 4))
-            wait_until(lambda counts=counts: len(refused) > counts[1] and len(accepted) > counts[0])
-        counts = (len(accepted), len(refused))
-        shim.fail(calls, number, skip=dice.randrange(30))
-        wait_until(lambda: len(refused) > counts[1])
+        block_workers(daemon, gate)
+        clients = Clients(daemon, ledger)
+        for times in (1, 2, 3, ALWAYS):
+            accepted, refused = len(clients.accepted), len(clients.refused)
+            shim.fail(calls, number, skip=dice.randrange(30), times=times)
+            wait_until(partial(clients.have, accepted + (times < ALWAYS), refused + 1))
         daemon.kill(signal.SIGKILL)
-        for thread in clients:
-            thread.join()
+        clients.join()
         assert not ledger.lines()
         shim.heal()
         gate.touch()
         daemon.start()
         daemon.wait_until_done()
         ran = ledger.lines()
-        assert accepted <= set(ran)
+        assert clients.accepted <= set(ran)
         assert len(ran) == len(set(ran)), "a job ran twice"
 
 
@@ -220,9 +176,8 @@ def test_a_stalled_sync_holds_up_nothing_else(tmp_path: Path, shim: Shim, ledger
         daemon.connect() as waiting,
         daemon.connect() as client,
     ):
-        before = [job("wait_for", str(gate), priority=0) for _ in range(2)] + [ledger.job(f"{n}") for n in range(20)]
-        assert {reply["status"] for reply in client.pipeline(before)} == {"accepted"}
-        daemon.wait_until(lambda status: status["jobs"]["running"] == 2)
+        block_workers(daemon, gate)
+        assert {reply["status"] for reply in client.pipeline(ledger.job(f"{n}") for n in range(20))} == {"accepted"}
         shim.stall()
         waiting.send(ledger.job("slow", id="slow"))
         wait_until(lambda: shim.stalled, "a sync is held up")
@@ -285,9 +240,8 @@ def test_a_daemon_stops_while_the_disk_refuses(tmp_path: Path, shim: Shim, ledge
     """An orderly stop does not wait for the disk: it says what could not be written, and that runs again."""
     gate = tmp_path / "gate"
     with Daemon(tmp_path, SOURCE, environment=shim.environment()) as daemon, daemon.connect() as client:
-        waiting = [job("wait_for", str(gate), priority=0) for _ in range(2)]
-        assert {r["status"] for r in client.pipeline([*waiting, ledger.job("again", id="x")])} == {"accepted"}
-        daemon.wait_until(lambda status: status["jobs"]["running"] == 2)
+        block_workers(daemon, gate)
+        assert client.request(ledger.job("again", id="again"))["status"] == "accepted"
         shim.fail(WRITING | Call.SYNC)
         gate.touch()
         wait_until(lambda: ledger.lines() == ["again"])
