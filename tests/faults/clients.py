@@ -59,9 +59,7 @@ class Clients:
             with self._daemon.connect() as connection:
                 for n in range(100_000):
                     names = [f"{client}-{n}-{i}" for i in range(8)]
-                    jobs = [
-                        self._ledger.job(name, n, **({"id": name} if i % 2 else {})) for i, name in enumerate(names)
-                    ]
+                    jobs = [self._ledger.job(name, n) | ({"id": name} if self.has_id(name) else {}) for name in names]
                     connection.send(b"".join(json.dumps(request).encode() + b"\n" for request in jobs))
                     for name in names:
                         reply = connection.recv()
@@ -69,6 +67,11 @@ class Clients:
                         (self.refused if "error" in reply else self.accepted).add(name)
         except (EOFError, OSError):
             pass  # the daemon is dead
+
+    @staticmethod
+    def has_id(name: str) -> bool:
+        """Whether this job has an id of its own."""
+        return name[-1] in "02468"
 
     def have(self, accepted: int, refused: int = 0) -> bool:
         """Whether so many jobs were accepted, and so many refused."""
