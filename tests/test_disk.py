@@ -93,6 +93,9 @@ def test_a_disk_that_refuses(tmp_path: Path, shim: Shim, ledger: Ledger, fault: 
         stored = sorted(f"stored-{n}" for n in range(20))
         wait_until(lambda: len(ledger.lines()) >= 20, "jobs that are there already are run")
         assert sorted(ledger.lines()) == stored
+        daemon.wait_until_done()
+        failures = shim.failed
+        wait_until(lambda: shim.failed > failures + 1, "their ends were to be written, and could not be")
 
         said = len(daemon.notifications.messages)
         shim.heal()
