@@ -184,6 +184,7 @@ class Pool:
             self.queue.release(process.holder, message[1] - 1)
         elif kind == worker.READY:
             process.phase = Phase.READY
+            process.pid = process.pid or int(message[1])  # it may be quicker than the fork server's word of it
             self._generation_of(process).start_succeeded()
             self.converge()
         elif kind == worker.FAILED:

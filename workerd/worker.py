@@ -96,7 +96,7 @@ def main(connection: Connection, slot: memoryview, outbox: Outbox, attributes: o
     except BaseException as error:
         worker.send(FAILED, describe(error))
         raise SystemExit(1) from None
-    worker.send(READY)
+    worker.send(READY, os.getpid())
     worker.run(methods)
 
 
