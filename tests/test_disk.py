@@ -6,6 +6,7 @@ import errno
 import os
 import random
 import signal
+import time
 import urllib.error
 from functools import partial
 from typing import TYPE_CHECKING
@@ -276,3 +277,25 @@ def test_a_start_on_a_full_disk_is_refused_in_one_line(tmp_path: Path, shim: Shi
         shim.heal()
         daemon.start()
         assert daemon.status()["jobs"]["scheduled"] == 1
+
+
+def test_a_disk_that_hangs_is_told_of(tmp_path: Path, shim: Shim, ledger: Ledger) -> None:
+    """A sync that does not come back fails nothing, so nothing else would tell: STATUS counts the seconds, a metric has
+    when it began, and after ten the log says so and /readyz refuses; all is well again once it does come back.
+    """
+    with Daemon(tmp_path, SOURCE, environment=shim.environment()) as daemon, daemon.connect() as client:
+        shim.stall()
+        client.send(ledger.job("slow", id="slow"))
+        wait_until(lambda: shim.stalled, "a sync is held up")
+        began = daemon.metrics()["workerd_spool_commit_began_timestamp_seconds"]
+        assert began == pytest.approx(time.time(), abs=30)
+        daemon.notifications.wait_for(lambda m: "(the disk has been at a commit for 3 s)" in m.get("STATUS", ""))
+        wait_until(lambda: answer(daemon, "/readyz") == 503, "it is not ready any more")
+        assert "the disk has been at a commit of the spool for 1" in daemon.log
+        said = len(daemon.notifications.messages)
+        shim.heal()
+        assert client.recv()["status"] == "accepted"
+        daemon.notifications.wait_for(lambda m: "STATUS" in m and "disk" not in m["STATUS"], since=said)
+        assert answer(daemon, "/readyz") == 200
+        assert "workerd_spool_commit_began" not in daemon.scrape()
+        assert "the spool can be written again" in daemon.log

@@ -31,6 +31,7 @@ NOW = Snapshot(
     oldest_ready=1.7e9,
     spool_bytes=4096,
     spool_failing=False,
+    commit_began=None,
     spool_quarantined=0,
 )
 
@@ -158,7 +159,7 @@ def test_gauges_come_from_the_snapshot() -> None:
 def test_no_ready_job_no_oldest() -> None:
     """With nothing ready the timestamp is absent, not 0: `time() - x` would be 57 years."""
     counts = Metrics([], "1")
-    counts.snapshot = lambda: Snapshot({}, {}, None, 0, spool_failing=True, spool_quarantined=2)
+    counts.snapshot = lambda: Snapshot({}, {}, None, 0, spool_failing=True, commit_began=None, spool_quarantined=2)
     series = scrape(counts)
     assert "workerd_oldest_ready_job_timestamp_seconds" not in names(series)
     assert value(series, "workerd_jobs", state="ready") == 0
@@ -195,7 +196,7 @@ def test_promtool_is_content() -> None:
     if (promtool := shutil.which("promtool")) is None:
         pytest.skip("promtool is not installed (Debian: package prometheus)")
     counts = Metrics(["resize"], "1")
-    for snapshot in (NOW, Snapshot({}, {}, None, 0, spool_failing=False, spool_quarantined=0)):
+    for snapshot in (NOW, Snapshot({}, {}, None, 0, spool_failing=False, commit_began=None, spool_quarantined=0)):
         counts.snapshot = functools.partial(copy.copy, snapshot)
         counts.waits("resize", [0.001])
         command = [promtool, "check", "metrics"]

@@ -114,6 +114,7 @@ class Admission:
         if jobs:
             self.engine.enter(jobs)  # first, so that a worker is woken while the acknowledgement is on its way
         self.engine.writer.add(jobs, answer.keyed, answer)
+        self.engine.on_change()
 
     def _room(self, requests: list[protocol.JobRequest], peer: Peer) -> tuple[int, tuple[Code, str]]:
         """How many of these there is room for, and what the others are told."""

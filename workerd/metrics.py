@@ -45,13 +45,16 @@ BUCKET_NAMES = [*map(floatToGoString, BUCKETS), "+Inf"]
 
 
 class Snapshot(msgspec.Struct, frozen=True):
-    """What is so at the moment of the scrape. `jobs` and `workers` are counts by state, `oldest_ready` a Unix time."""
+    """What is so at the moment of the scrape. `jobs` and `workers` are counts by state, `oldest_ready` a Unix time,
+    and `commit_began` that of the commit which is under way.
+    """
 
     jobs: dict[str, int]
     workers: dict[str, int]
     oldest_ready: float | None
     spool_bytes: int
     spool_failing: bool
+    commit_began: float | None
     spool_quarantined: int
 
 
@@ -247,7 +250,7 @@ def steady(snapshot: Callable[[], Snapshot]) -> Snapshot:
 
 
 def collect_snapshot(now: Snapshot) -> Iterator[Metric]:
-    """The gauges. Without a ready job there is no `oldest_ready` at all, so that no alert on its age can fire."""
+    """The gauges. What there is not (a ready job, a commit) has no time either, lest an alert on its age fires."""
     jobs = GaugeMetricFamily("workerd_jobs", "Jobs by state.", labels=["state"])
     for state in JOB_STATES:
         jobs.add_metric([state], now.jobs.get(state, 0))
@@ -260,5 +263,8 @@ def collect_snapshot(now: Snapshot) -> Iterator[Metric]:
         yield GaugeMetricFamily(name, "When the job that has waited longest became ready.", now.oldest_ready)
     yield GaugeMetricFamily("workerd_spool_bytes", "Size of the spool on disk.", now.spool_bytes)
     yield GaugeMetricFamily("workerd_spool_failing", "1 while the spool cannot be written.", now.spool_failing)
+    if now.commit_began is not None:
+        name = "workerd_spool_commit_began_timestamp_seconds"
+        yield GaugeMetricFamily(name, "When the commit that is under way was begun.", now.commit_began)
     text = "Damaged spools that were put aside, and lie beside this one since the daemon started."
     yield GaugeMetricFamily("workerd_spool_quarantined", text, now.spool_quarantined)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 from typing import TYPE_CHECKING
 
 from workerd import metrics, notify
@@ -19,6 +20,8 @@ logger = logging.getLogger("workerd")
 
 STATUS_INTERVAL = 1.0  # seconds between two STATUS lines to systemd, while something changes
 EXTEND_INTERVAL = 5.0  # seconds between two pleas for more time, each for twice as much
+SLOW_COMMIT = 1.0  # seconds after which STATUS tells that the disk is still at a commit ...
+STALLED = 10.0  # ... and after which it is told as a failure
 HEALTH_TIMEOUT = 2.0  # seconds within which a healthy event loop answers /healthz
 
 
@@ -29,6 +32,7 @@ class Reporter:
         self.state = "starting"
         self.note = ""  # why the latest reload failed
         self.failing = False  # the spool cannot be written
+        self.stalled = False  # the disk does not come back from a commit
         self.control: Control
         self.metrics = counters
         self.notifier = notify.Notifier()
@@ -82,6 +86,13 @@ class Reporter:
     def _update_status(self) -> None:
         self._status_timer = None
         self.notifier.status(self.text())
+        seconds = self._committing()
+        if seconds:
+            self.touch()  # it is to be told, should it last, until it is over
+        if seconds > STALLED and not self.stalled:
+            self.stalled = True
+            text = "the disk has been at a commit of the spool for %.0f s: until it is done no job is acknowledged"
+            logger.error(text, seconds, extra={"event": "spool_failed"})
 
     def text(self) -> str:
         """The line that `systemctl status` shows."""
@@ -89,10 +100,17 @@ class Reporter:
         jobs = self.control.job_counts()
         dead = f", {jobs['dead']} dead" if jobs["dead"] else ""
         trouble = f" (spool failing: {engine.writer.failing})" if engine.writer.failing else self.note
+        if (seconds := self._committing()) > SLOW_COMMIT:
+            trouble += f" (the disk has been at a commit for {seconds:.0f} s)"
         if aside := engine.writer.spool.quarantined:
             trouble += f" ({aside} damaged spool{'s' if aside > 1 else ''} put aside)"
         counts = f"{len(engine.pool.workers())} workers, {jobs['ready'] + jobs['scheduled']} queued"
         return f"{self.state}: {counts}, {jobs['running']} running{dead}{trouble}"
+
+    def _committing(self) -> float:
+        """Seconds for which the disk has been at a commit."""
+        began = self.control.engine.writer.began
+        return 0.0 if began is None else time.monotonic() - began
 
     def committed(self, seconds: float, error: SpoolError | None) -> None:
         """A transaction took so long, or failed."""
@@ -100,9 +118,10 @@ class Reporter:
             self.metrics.commit(seconds)
         if error is not None and not self.failing:
             logger.error("the spool cannot be written: %s", error, extra={"event": "spool_failed"})
-        elif error is None and self.failing:
+        elif error is None and (self.failing or self.stalled):
             logger.info("the spool can be written again", extra={"event": "spool_recovered"})
         self.failing = error is not None
+        self.stalled = False
         self.touch()
 
     def snapshot(self) -> metrics.Snapshot:
@@ -113,6 +132,7 @@ class Reporter:
             oldest_ready=self.control.engine.queue.backlog.oldest_ready(),
             spool_bytes=self.control.engine.writer.spool.size(),
             spool_failing=self.failing,
+            commit_began=time.time() - seconds if (seconds := self._committing()) else None,
             spool_quarantined=self.control.engine.writer.spool.quarantined,
         )
 
@@ -127,5 +147,6 @@ class Reporter:
 
     def is_ready(self) -> tuple[bool, str]:
         """Whether jobs are taken and run."""
-        ready = self.state in ("running", "reloading") and not self.failing
-        return ready, f"{self.state}, spool failing" if self.failing else self.state
+        trouble = self.failing or self.stalled
+        ready = self.state in ("running", "reloading") and not trouble
+        return ready, f"{self.state}, spool failing" if trouble else self.state

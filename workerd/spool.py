@@ -140,9 +140,10 @@ class Spool:
         return Committed(new)
 
     def probe(self) -> Committed:
-        """Write something that changes nothing, to see whether the disk takes it."""
+        """Write something that nobody needs, to see whether the disk takes it."""
         with self._transaction():
-            self._db.execute("UPDATE meta SET value = value WHERE name = 'epoch'")
+            # another value each time: SQLite does not write what is there already
+            self._db.execute("INSERT INTO meta VALUES ('probe', 0) ON CONFLICT DO UPDATE SET value = value + 1")
         return Committed(frozenset())
 
     def counts(self) -> Counts:

@@ -89,6 +89,7 @@ class Writer:
         self._loop = asyncio.get_running_loop()
         self._alarm = Alarm(self._loop, partial(self._guard, self._begin))
         self._committing: asyncio.Future[None] | None = None  # done once the commit that is under way is
+        self.began: float | None = None  # monotonic time at which that one was begun
         self._missed = False  # the alarm rang during that one
         self._not_before = 0.0  # loop time: the disk refused, and is tried again then
         # not an executor: its futures take as long as a quick disk
@@ -185,6 +186,7 @@ class Writer:
             job.stored = True
         if changes or self.failing:  # else nobody would learn that the disk works again
             self._committing = self._loop.create_future()
+            self.began = time.monotonic()
             ended = partial(self._guard, self._end, time.perf_counter(), entries, changes)
             self._on_thread(partial(self.spool.commit, changes) if changes else self.spool.probe, ended)
         else:
@@ -211,7 +213,7 @@ class Writer:
         """The commit is over."""
         assert self._committing is not None
         self._committing.set_result(None)
-        self._committing = None
+        self._committing = self.began = None
         if error is not None and not isinstance(error, SpoolError):
             raise error
         self.failing = str(error) if error else None
