@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from daemon_process import Daemon, wait_until
-from faults.clients import SOURCE, Clients, Ledger, block_workers
+from faults.senders import SOURCE, Ledger, Senders, block_workers
 from faults.shim import ALWAYS, Call, Shim, compiler
 
 if TYPE_CHECKING:
@@ -153,7 +153,7 @@ def test_an_acknowledged_job_is_on_the_disk(tmp_path: Path, shim: Shim, ledger: 
     dice = random.Random(fault)
     with Daemon(tmp_path, SOURCE, environment=shim.environment()) as daemon:
         block_workers(daemon, gate)
-        clients = Clients(daemon, ledger)
+        clients = Senders(daemon, ledger)
         for times in (1, 2, 3, ALWAYS):
             accepted, refused = len(clients.accepted), len(clients.refused)
             shim.fail(calls, number, skip=dice.randrange(30), times=times)

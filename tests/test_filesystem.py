@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from daemon_process import Daemon, job, wait_until
-from faults.clients import SOURCE, Clients, Ledger, block_workers
 from faults.mounts import Filesystem, private, why_not
+from faults.senders import SOURCE, Ledger, Senders, block_workers
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -35,7 +35,7 @@ def dead_and_gone(daemon: Daemon) -> None:
     wait_until(lambda: not daemon.descendants())
 
 
-def everything_runs(daemon: Daemon, clients: Clients, ledger: Ledger, gate: Path) -> None:
+def everything_runs(daemon: Daemon, clients: Senders, ledger: Ledger, gate: Path) -> None:
     """After a start on the disk that works again: what was acknowledged runs, and nothing twice."""
     gate.touch()
     daemon.start()
@@ -88,7 +88,7 @@ def test_a_kill_on_a_full_filesystem_loses_nothing(tmp_path: Path, filesystem: F
     gate = tmp_path / "gate"
     with Daemon(tmp_path, SOURCE, spool={"path": str(filesystem.root / "spool.db")}) as daemon:
         block_workers(daemon, gate)
-        clients = Clients(daemon, ledger)
+        clients = Senders(daemon, ledger)
         wait_until(lambda: clients.have(100))
         filesystem.fill()
         wait_until(lambda: clients.have(0, 100))
@@ -105,7 +105,7 @@ def test_a_filesystem_that_turned_read_only(tmp_path: Path, filesystem: Filesyst
     gate = tmp_path / "gate"
     with Daemon(tmp_path, SOURCE, spool={"path": str(filesystem.root / "spool.db")}) as daemon:
         block_workers(daemon, gate)
-        clients = Clients(daemon, ledger)
+        clients = Senders(daemon, ledger)
         wait_until(lambda: clients.have(100))
         filesystem.sync()
         filesystem.go_read_only()
@@ -133,7 +133,7 @@ def test_a_filesystem_that_is_gone_at_once(tmp_path: Path, filesystem: Filesyste
         for number in range(3):
             gate.unlink(missing_ok=True)
             block_workers(daemon, gate)
-            clients = Clients(daemon, ledger, f"{number}")
+            clients = Senders(daemon, ledger, f"{number}")
             wait_until(partial(clients.have, 500))
             filesystem.lose_power()
             dead_and_gone(daemon)

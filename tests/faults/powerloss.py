@@ -29,7 +29,7 @@ from workerd.errors import WorkerdError
 from workerd.spool import Spool
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
 READY, SCHEDULED, SUCCEEDED, DEAD = 0, 1, 3, 4  # as in the table
 
@@ -62,7 +62,18 @@ class Promises:
                 replies = reply if isinstance(reply, list) else [reply]
                 self.accepted |= {reply["id"]: None for reply in replies if reply.get("status") == "accepted"}
 
-    def check(self, spool: Spool) -> None:
+    def check(self, folder: Path) -> None:
+        """Open the spool on what was found in this folder instead of the disk. Raises WorkerdError, LostError."""
+        path = folder / self.recording.where
+        spool = Spool.open(path)
+        try:
+            self._check(spool)
+        finally:
+            spool.close()
+        if aside := sorted(path.parent.glob(f"{path.name}.damaged*")):
+            raise LostError(f"the spool was taken for damaged: {aside}")
+
+    def _check(self, spool: Spool) -> None:
         """Raises LostError unless the spool is whole and holds all that it must."""
         damage = [text for (text,) in spool._db.execute("PRAGMA integrity_check")]
         if damage != ["ok"]:
@@ -111,33 +122,42 @@ class Tally:
 
 
 class Replay:
-    """Cuts the power at all barriers of a recording: `share` of all kinds of cut, and `between` of other places."""
+    """Cuts the power at all barriers of a record: `share` of all kinds of cut, and `between` of other places."""
 
-    def __init__(self, recording: Recording, dice: random.Random, share: float, between: float, tally: Tally) -> None:
-        self.recording = recording
+    def __init__(self, disk: Path, dice: random.Random, share: float, between: float, tally: Tally) -> None:
         self.dice = dice
         self.share = share
         self.between = between
         self.tally = tally
+        self._root = str(disk)
         # in memory, where there is such a place: a sync that proves nothing here need not be waited for
         memory = Path("/dev/shm")
         self._folder = Path(tempfile.mkdtemp(prefix="workerd-cut-", dir=memory if memory.is_dir() else None))
 
-    def run(self, end: float = float("inf")) -> None:
-        """Raises LostError at the first cut that is not survived; ends early at this time.monotonic()."""
-        disk, promises = Disk(str(self.recording.disk)), Promises(self.recording)
+    def run(
+        self,
+        records: Sequence[Record],
+        observe: Callable[[Record], None],
+        check: Callable[[Path], None],
+        end: float = float("inf"),
+    ) -> bool:
+        """Let `observe` see what happened before each cut, then `check` what is left after it, in a folder.
+
+        Raises LostError at the first cut that is not survived. False where time.monotonic() is `end` before all is done.
+        """
+        disk = Disk(self._root)
         try:
-            for number, record in enumerate(read(self.recording.trace)):
+            for number, record in enumerate(records):
                 for content, names in self._kinds(record):
-                    self._cut(f"record {number}", disk, promises, content, names)
+                    self._cut(f"record {number}", disk, check, content, names)
                 if time.monotonic() > end:
-                    return
+                    return False
                 disk.apply(record)
-                promises.apply(record)
-            self._cut("the end", disk, promises, "nothing", "synced")
-            self.tally.promised += len(promises.accepted)
+                observe(record)
+            self._cut("the end", disk, check, "nothing", "synced")
         finally:
             shutil.rmtree(self._folder, ignore_errors=True)
+        return True
 
     def _kinds(self, record: Record) -> Iterator[tuple[str, str]]:
         """How to cut just before this record: if a sync ends, at the last moment before what it has done counts."""
@@ -149,7 +169,7 @@ class Replay:
         elif self.dice.random() < self.between:
             yield self.dice.choice(kinds)
 
-    def _cut(self, where: str, disk: Disk, promises: Promises, content: str, names: str) -> None:
+    def _cut(self, where: str, disk: Disk, check: Callable[[Path], None], content: str, names: str) -> None:
         shutil.rmtree(self._folder)
         self._folder.mkdir(mode=0o700)
         for below, data in disk.cut(content, names, self.dice).items():
@@ -157,20 +177,30 @@ class Replay:
                 path = self._folder / below
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_bytes(data)
-        path = self._folder / self.recording.spool.relative_to(self.recording.disk)
         try:
-            spool = Spool.open(path)
-            try:
-                promises.check(spool)
-            finally:
-                spool.close()
-            if aside := sorted(path.parent.glob(f"{path.name}.damaged*")):
-                raise LostError(f"the spool was taken for damaged: {aside}")
+            check(self._folder)
         except (LostError, WorkerdError, sqlite3.Error) as error:
             raise LostError(
                 f"the power was cut at {where} ({content} of the contents, {names} names): {error}"
             ) from error
         self.tally.cuts[content, names] += 1
+
+
+def replay(
+    recording: Recording,
+    dice: random.Random,
+    share: float,
+    between: float,
+    tally: Tally,
+    *,
+    records: Sequence[Record] | None = None,
+    end: float = float("inf"),
+) -> None:
+    """Try a recording, or what is given instead of its records."""
+    promises = Promises(recording)
+    records = read(recording.trace) if records is None else records
+    Replay(recording.disk, dice, share, between, tally).run(records, promises.apply, promises.check, end)
+    tally.promised += len(promises.accepted)
 
 
 def main() -> None:
@@ -182,7 +212,7 @@ def main() -> None:
     arguments = parser.parse_args()
     tally = Tally()
     if arguments.replay is not None:
-        Replay(Recording.load(arguments.replay), random.Random(arguments.seed), 1.0, 0.1, tally).run()
+        replay(Recording.load(arguments.replay), random.Random(arguments.seed), 1.0, 0.1, tally)
         print(tally)
         return
     end = time.monotonic() + arguments.minutes * 60
@@ -191,7 +221,7 @@ def main() -> None:
         folder = Path(tempfile.mkdtemp(prefix="workerd-powerloss-"))
         try:
             recording = record(folder, seed, arguments.rounds)
-            Replay(recording, random.Random(seed), 0.5, 0.05, tally).run(end)
+            replay(recording, random.Random(seed), 0.5, 0.05, tally, end=end)
         except BaseException:
             print(f"seed {seed}: the recording is kept; again: python -m faults.powerloss --replay {folder}")
             raise

@@ -238,7 +238,9 @@ def _decide(client: Client, load: Load) -> None:
     assert retried
     assert dead
     load.recording.deleted = [entry["id"] for entry in dead]
-    request = job("run", {"token": DELETING}, reply="result")
+    mark = {"token": DELETING}
+    load.recording.sizes[DELETING] = len(json.dumps(mark))
+    request = job("run", mark, reply="result")
     load.told([request], [client.request(request)])
     client.recv()
     for entry in dead:

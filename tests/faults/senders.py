@@ -42,7 +42,7 @@ class Ledger:
         return job("record", [str(self._path), name, "x" * size], **fields)
 
 
-class Clients:
+class Senders:
     """Three of them. Every second job has an id of its own, its name."""
 
     def __init__(self, daemon: Daemon, ledger: Ledger, name: str = "") -> None:
