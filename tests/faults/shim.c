@@ -52,7 +52,7 @@ struct record {
 #define FILES 65536
 static struct { uint64_t inode; char *path; } files[FILES]; /* by descriptor; those of another inode are of the past */
 static struct control idle, *control = &idle;
-static const char *prefix = NULL;
+static const char *prefix;
 static int trace = -1;
 
 __attribute__((constructor)) static void begin(void)
@@ -114,8 +114,7 @@ static const char *known(int fd, uint64_t *inode)
 
 static int fails(unsigned call)
 {
-    if (!(control->calls & call)) return 0;
-    if (__atomic_fetch_sub(&control->skip, 1, __ATOMIC_SEQ_CST) > 0) return 0;
+    if (!(control->calls & call) || __atomic_fetch_sub(&control->skip, 1, __ATOMIC_SEQ_CST) > 0) return 0;
     if (__atomic_fetch_sub(&control->times, 1, __ATOMIC_SEQ_CST) <= 0) return 0;
     __atomic_fetch_add(&control->failed, 1, __ATOMIC_SEQ_CST);
     errno = control->error;
@@ -138,7 +137,7 @@ static int open_(int directory, const char *path, int flags, mode_t mode)
 
 #define MODE(flags, mode) \
     mode_t mode = 0; \
-    if (flags & (O_CREAT | O_TMPFILE)) { va_list rest; va_start(rest, flags); mode = va_arg(rest, mode_t); va_end(rest); }
+    if (flags & O_CREAT || (flags & O_TMPFILE) == O_TMPFILE) { va_list rest; va_start(rest, flags); mode = va_arg(rest, mode_t); va_end(rest); }
 
 int open(const char *path, int flags, ...) { MODE(flags, mode) return open_(AT_FDCWD, path, flags, mode); }
 int open64(const char *path, int flags, ...) { MODE(flags, mode) return open_(AT_FDCWD, path, flags, mode); }
@@ -168,9 +167,7 @@ static ssize_t write_(int fd, const struct iovec *parts, int count, off_t offset
         done = offset < 0 ? syscall(SYS_write, fd, data, size) : syscall(SYS_pwrite64, fd, data, size, offset);
         outcome(done, size);
     }
-    int error = errno;
-    free(data);
-    errno = error;
+    free(data); /* keeps errno */
     return done;
 }
 
@@ -196,11 +193,12 @@ static int resize(int call, int kind, int fd, off_t length, int (*change)(int, o
 
 static int truncate_(int fd, off_t length) { return syscall(SYS_ftruncate, fd, length); }
 static int allocate_(int fd, off_t end) { return syscall(SYS_fallocate, fd, 0, 0, end); }
-static int allocate(int fd, off_t end) { return resize(ALLOCATE, ALLOCATED, fd, end, allocate_); }
-
 int ftruncate(int fd, off_t length) { return resize(TRUNCATE, TRUNCATED, fd, length, truncate_); }
 int ftruncate64(int fd, off64_t length) { return ftruncate(fd, length); }
-int posix_fallocate(int fd, off_t from, off_t size) { return allocate(fd, from + size) ? errno : 0; }
+int posix_fallocate(int fd, off_t from, off_t size) 
+{
+    return resize(ALLOCATE, ALLOCATED, fd, from + size, allocate_) ? errno : 0;
+}
 int posix_fallocate64(int fd, off64_t from, off64_t size) { return posix_fallocate(fd, from, size); }
 
 static int sync_(int fd, int number)
@@ -267,8 +265,7 @@ ssize_t sendmsg(int fd, const struct msghdr *message, int flags) { return send_(
 ssize_t sendto(int fd, const void *data, size_t size, int flags, const struct sockaddr *to, socklen_t length)
 {
     struct iovec part = {(void *)data, size};
-    struct msghdr message = {(void *)to, length, &part, 1, NULL, 0, 0};
-    return send_(fd, &message, flags);
+    return send_(fd, &(struct msghdr){(void *)to, length, &part, 1, NULL, 0, 0}, flags);
 }
 ssize_t send(int fd, const void *data, size_t size, int flags) { return sendto(fd, data, size, flags, NULL, 0); }
 
@@ -297,6 +294,5 @@ time_t time(time_t *now)
 {
     struct timespec exact;
     clock_gettime(CLOCK_REALTIME, &exact);
-    if (now) *now = exact.tv_sec;
-    return exact.tv_sec;
+    return now ? (*now = exact.tv_sec) : exact.tv_sec;
 }
