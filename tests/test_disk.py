@@ -246,6 +246,36 @@ def test_short_writes_are_completed(tmp_path: Path, shim: Shim, ledger: Ledger) 
         assert daemon.status()["jobs"]["scheduled"] == 1
 
 
+def test_a_disk_that_cannot_be_read(tmp_path: Path, shim: Shim, ledger: Ledger) -> None:
+    """Read errors, which SQLite takes for damage, are none: when the disk works again every job is there, and is run,
+    whether they came while a backlog beyond what memory holds was read, or while the spool was opened.
+    """
+    gate = tmp_path / "gate"
+    names = [f"{n}" for n in range(150)]
+    with Daemon(tmp_path, SOURCE, environment=shim.environment()) as daemon:
+        block_workers(daemon, gate)
+        with daemon.connect() as client:
+            assert {client.request(ledger.job(name, 300_000))["status"] for name in names} == {"accepted"}
+        daemon.kill(signal.SIGKILL)
+        shim.fail(Call.READ, errno.EIO)
+        daemon.start(wait=False)
+        assert daemon.wait() not in {0, -signal.SIGKILL}
+        shim.heal()
+        assert not list(tmp_path.glob("spool.db.damaged*")), "nothing is put aside when it is opened"
+        daemon.start()
+        daemon.wait_until(lambda status: status["jobs"]["running"] == 2)
+        shim.fail(Call.READ, errno.EIO)
+        gate.touch()
+        daemon.wait_for_log("the backlog cannot be read")
+        shim.heal()
+        if "to be started again" in daemon.log:
+            daemon.wait()
+            daemon.start()
+        daemon.wait_until_done()
+        assert not list(tmp_path.glob("spool.db.damaged*")), "nor later"
+        assert sorted(ledger.lines()) == sorted(names)
+
+
 def test_a_daemon_stops_while_the_disk_refuses(tmp_path: Path, shim: Shim, ledger: Ledger) -> None:
     """An orderly stop does not wait for the disk: it says what could not be written, and that runs again."""
     gate = tmp_path / "gate"

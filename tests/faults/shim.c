@@ -24,7 +24,7 @@
 #include <time.h>
 #include <unistd.h>
 
-enum { WRITE = 1, TRUNCATE = 2, ALLOCATE = 4, SYNC = 8, CREATE = 16 }; /* what may fail */
+enum { WRITE = 1, TRUNCATE = 2, ALLOCATE = 4, SYNC = 8, CREATE = 16, READ = 32 }; /* what may fail */
 enum { OPENED = 1, WROTE, TRUNCATED, ALLOCATED, SYNCED, RENAMED, LINKED, UNLINKED, MADE, SENT, RESULT };
 
 struct control {
@@ -54,7 +54,6 @@ static struct { uint64_t inode; char *path; } files[FILES]; /* by descriptor; th
 static struct control idle, *control = &idle;
 static const char *prefix;
 static int trace = -1;
-
 __attribute__((constructor)) static void begin(void)
 {
     const char *path = getenv("WORKERD_SHIM_CONTROL");
@@ -171,6 +170,13 @@ static ssize_t write_(int fd, const struct iovec *parts, int count, off_t offset
     return done;
 }
 
+ssize_t pread64(int fd, void *data, size_t size, off64_t at)
+{
+    uint64_t inode;
+    return control->calls & READ && known(fd, &inode) && fails(READ) ? -1 : syscall(SYS_pread64, fd, data, size, at);
+}
+ssize_t pread(int fd, void *data, size_t size, off_t at) { return pread64(fd, data, size, at); }
+
 static ssize_t write1(int fd, const void *data, size_t size, off_t offset)
 {
     struct iovec part = {(void *)data, size};
@@ -241,7 +247,6 @@ int unlinkat(int at, const char *path, int flags) { return named(UNLINKED, path,
 int unlink(const char *path) { return unlinkat(AT_FDCWD, path, 0); }
 int mkdirat(int at, const char *path, mode_t mode) { return named(MADE, path, NULL, syscall(SYS_mkdirat, at, path, mode)); }
 int mkdir(const char *path, mode_t mode) { return mkdirat(AT_FDCWD, path, mode); }
-
 /* --- connections */
 
 int accept4(int fd, struct sockaddr *address, socklen_t *length, int flags)
@@ -253,14 +258,12 @@ int accept4(int fd, struct sockaddr *address, socklen_t *length, int flags)
     return accepted;
 }
 int accept(int fd, struct sockaddr *address, socklen_t *length) { return accept4(fd, address, length, 0); }
-
 static ssize_t send_(int fd, const struct msghdr *message, int flags)
 {
     uint64_t inode;
     if (!known(fd, &inode)) return syscall(SYS_sendmsg, fd, message, flags);
     return write_(fd, message->msg_iov, message->msg_iovlen, -1); /* no descriptors go to clients */
 }
-
 ssize_t sendmsg(int fd, const struct msghdr *message, int flags) { return send_(fd, message, flags); }
 ssize_t sendto(int fd, const void *data, size_t size, int flags, const struct sockaddr *to, socklen_t length)
 {
@@ -280,7 +283,6 @@ int clock_gettime(clockid_t clock, struct timespec *now)
     }
     return result;
 }
-
 int gettimeofday(struct timeval *restrict now, void *restrict zone)
 {
     struct timespec exact;
@@ -289,7 +291,6 @@ int gettimeofday(struct timeval *restrict now, void *restrict zone)
     *now = (struct timeval){exact.tv_sec, exact.tv_nsec / 1000};
     return 0;
 }
-
 time_t time(time_t *now)
 {
     struct timespec exact;

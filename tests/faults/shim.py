@@ -39,6 +39,7 @@ class Call(enum.IntFlag):
     ALLOCATE = 4
     SYNC = 8
     CREATE = 16  # open with O_CREAT or O_TRUNC
+    READ = 32  # pread
 
 
 # `struct control`: offset and struct format of each field
