@@ -199,7 +199,7 @@ def test_damage_that_is_met_later_puts_the_spool_aside_at_the_next_opening(path:
         spool._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
         overwrite(path, 200 * 1024, 300 * 1024)
         spool._db.execute("PRAGMA cache_size = 0")
-        with pytest.raises(DamagedSpoolError, match="damaged; at the next start it is put aside"):
+        with pytest.raises(DamagedSpoolError, match="damaged; at the next start it is examined"):
             spool.refill_ready(100, 0, 2000, PLENTY)
         spool.close()
         spool = Spool.open(path)

@@ -29,15 +29,16 @@ def open_spool(path: Path | None, queue: JobQueue) -> tuple[Spool, Claims, int]:
 
     Blocks; raises SpoolError and OSError.
     """
-    while True:
+    for attempt in (1, 2, 3):
         spool = Spool.open(path)
         try:
             claims = Claims.open(beside(path, CLAIMS) if path else None)
             return spool, claims, recover(spool, claims, queue)
         except BaseException as error:
             spool.close()
-            if not isinstance(error, DamagedSpoolError):  # else it is put aside, and a new one opened
+            if attempt == 3 or not isinstance(error, DamagedSpoolError):  # else it is put aside, and a new one opened
                 raise
+    raise AssertionError
 
 
 def recover(spool: Spool, claims: Claims, queue: JobQueue) -> int:

@@ -50,7 +50,7 @@ REMEDIES = {
     "SQLITE_CANTOPEN": "it cannot be opened; see the owner and mode of its folder",
     "SQLITE_BUSY": "another program holds a lock on it; end that program",
     "SQLITE_NOTADB": "it is no spool; move it away, or set another [spool] path",
-    "SQLITE_CORRUPT": "it is damaged; at the next start it is put aside",
+    "SQLITE_CORRUPT": "it is damaged; at the next start it is examined, and put aside",
 }
 
 

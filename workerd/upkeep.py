@@ -23,8 +23,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("workerd")
 
-SUSPECT = "suspect"  # PATH.suspect: the file was found damaged, and is put aside at the next opening
+SUSPECT = "suspect"  # PATH.suspect: the file was found damaged, which is looked into at the next opening
 DAMAGED = "damaged"  # PATH.damaged, PATH.damaged-2 ...: those that were
+BLOCK = 2**20
 LOG = "-wal"  # SQLite's suffix
 
 # How the rows of each older schema become those of the present one.
@@ -41,7 +42,7 @@ def opened(path: Path) -> tuple[sqlite3.Connection, dict[str, Any]]:
     """
     try:
         if beside(path, SUSPECT).exists():
-            put_aside(path, "as the daemon before found")
+            _decide(path)
         try:
             return _open(path)
         except sqlite3.Error as error:
@@ -49,10 +50,36 @@ def opened(path: Path) -> tuple[sqlite3.Connection, dict[str, Any]]:
             if not isinstance(damage, DamagedSpoolError):
                 raise
             suspect(path, damage)
-            put_aside(path, str(error))
+            _decide(path)
             return _open(path)
     except (sqlite3.Error, OSError) as error:
         raise explained(path, error) from error
+
+
+def _decide(path: Path) -> None:
+    """Put a suspect aside, unless the disk did not read well just then, which SQLite takes for damage, too."""
+    if (damage := examine(path)) is not None:
+        put_aside(path, damage)
+        return
+    beside(path, SUSPECT).unlink()
+    log.warning("the spool %s was suspected of being damaged, and is not", path, extra={"event": "spool_recovered"})
+
+
+def examine(path: Path) -> str | None:
+    """What is wrong with the file, if anything is. Reads all of it; raises OSError where the disk does not let it."""
+    for suffix in ("", LOG):
+        with contextlib.suppress(FileNotFoundError), path.with_name(path.name + suffix).open("rb") as file:
+            at = 0
+            while data := os.pread(file.fileno(), BLOCK, at):
+                at += len(data)
+    try:
+        with contextlib.closing(connect(str(path))) as db:
+            found = str(db.execute("PRAGMA integrity_check(1)").fetchone()[0])
+    except sqlite3.Error as error:
+        if not isinstance(explained(path, error), DamagedSpoolError):
+            raise
+        return str(error)
+    return None if found == "ok" else found.splitlines()[-1]
 
 
 def _open(path: Path) -> tuple[sqlite3.Connection, dict[str, Any]]:
