@@ -1,0 +1,213 @@
+"""The daemon as a service manager keeps it: started again whenever it ends, with a note of who died when, and why."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from daemon_process import ROOT, Client, Daemon, Process, wait_until
+
+from faults.page import DAEMON, FORK_SERVER, ROLES, Page
+from faults.targets import LEDGER
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+PATIENCE = 60.0  # seconds; a daemon that answers no ping for so long has failed
+DRAIN_TIMEOUT = 1.0
+RESTART = 0.05  # seconds after which a daemon that failed is started again
+GOOD = "faults.targets:Targets"
+INJECT = Path(__file__).parent / "inject"
+SECTIONS: dict[str, dict[str, Any]] = {
+    "workers": {"count": 3, "drain_timeout": DRAIN_TIMEOUT, "max_jobs": 3000, "max_memory": "400MiB"},
+    "spool": {"id_ttl": 600.0},
+}
+
+
+class Death(NamedTuple):
+    """What killed a process, or all that came of a daemon, at some time within the bounds (CLOCK_MONOTONIC, ns)."""
+
+    what: str  # "worker", "fork server", "daemon"; "stop": an orderly one that waited for running jobs no longer
+    pid: int
+    since: int
+    until: int
+
+
+class Pause(NamedTuple):
+    """A time for which a process stood still."""
+
+    since: int
+    until: int
+
+
+class Family(NamedTuple):
+    """The processes of the daemon that runs now."""
+
+    fork_servers: list[Process]
+    workers: list[Process]
+
+
+class Service:
+    """Keeps a daemon in a folder."""
+
+    def __init__(self, folder: Path, environment: Mapping[str, str] | None = None) -> None:
+        self.ledger = folder / "ledger"
+        self.ledger.touch()
+        self.page = Page(folder / "page")
+        self.deaths: list[Death] = []
+        self.pauses: list[Pause] = []
+        self.problems: list[str] = []
+        self.starts = 0
+        self.fine = {0}  # exit statuses that are no surprise at present
+        paths = (INJECT, ROOT / "tests", ROOT)
+        own = {
+            "PYTHONPATH": os.pathsep.join(map(str, paths)),
+            "WORKERD_FAULT_CONTROL": str(folder / "page"),
+            LEDGER: str(self.ledger),
+        }
+        self.daemon = Daemon(folder, GOOD, environment=own | dict(environment or {}), start=False, **SECTIONS)
+        self._signal = signal.SIGKILL
+        self._killed: dict[int, int] = {}  # pids that we killed, and when
+        self._stopping: dict[int, int] = {}  # ... that we asked to stop
+        self._hurried: set[int] = set()  # ... twice
+        self._closing = False
+        self._lock = threading.Lock()
+        self._keeper = threading.Thread(target=self._keep, name="keeper", daemon=True)
+
+    def __enter__(self) -> Service:
+        self.daemon.start()
+        self.starts += 1
+        self._keeper.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._closing = True
+        self.page.off()
+        self.daemon.close()
+        self._keeper.join()
+
+    def _keep(self) -> None:
+        while True:
+            process = self.daemon.process
+            assert process is not None
+            status = process.wait()
+            self._exited(process.pid, status, time.monotonic_ns())
+            if self._closing:
+                return
+            if status > 0:
+                time.sleep(RESTART)
+            self.daemon.start(wait=False)
+            self.starts += 1
+
+    def _exited(self, pid: int, status: int, at: int) -> None:
+        self.take_hits()
+        if pid in self._stopping and status == 0:
+            cut = pid in self._hurried or at - self._stopping[pid] >= DRAIN_TIMEOUT * 1e9
+            if cut:
+                self.deaths.append(Death("stop", pid, self._stopping[pid], at))
+        elif pid in self._killed:
+            self.deaths.append(Death("daemon", pid, self._killed[pid], at))
+        elif any(death.pid == pid and death.what == "daemon" for death in self.deaths):
+            pass  # at a fault point
+        elif not self._closing:
+            self.deaths.append(Death("daemon", pid, at, at))
+            if status not in self.fine or pid in self._stopping:
+                how = f"signal {-status}" if status < 0 else f"exit status {status}"
+                self.problems.append(f"the daemon {pid} ended by itself: {how}\n{self.daemon.log[-2000:]}")
+
+    # --- faults ---------------------------------------------------------------------------------------------
+
+    def family(self) -> Family:
+        """Fork servers and workers, from /proc: the daemon may be dead, or stand still."""
+        daemon, parents, names = self.daemon.pid, {}, {}
+        for name in filter(str.isdigit, os.listdir("/proc")):
+            with contextlib.suppress(OSError):
+                head, _, tail = Path(f"/proc/{name}/stat").read_text().rpartition(")")
+                names[int(name)] = head.partition("(")[2]
+                parents[int(name)] = int(tail.split()[1])
+        servers = [pid for pid, parent in parents.items() if parent == daemon]
+        workers = [pid for pid, parent in parents.items() if parent in servers and names[pid].startswith("workerd-w")]
+        return Family(*([p for p in map(Process.of, pids) if p] for pids in (servers, workers)))
+
+    def kill(self, what: str, pid: int) -> None:
+        """SIGKILL; returns when it is dead."""
+        since = time.monotonic_ns()
+        if what == "daemon":
+            self._killed[pid] = since
+        process = Process.of(pid)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+        wait_until(lambda: process is None or not process.alive, f"{what} {pid} dead")
+        if what != "daemon":
+            self.deaths.append(Death(what, pid, since, time.monotonic_ns()))
+
+    def stop(self, number: signal.Signals = signal.SIGTERM, *, again: bool = False) -> None:
+        """Ask the daemon to stop, or, again, to hurry."""
+        pid = self.daemon.pid
+        self._stopping.setdefault(pid, time.monotonic_ns())
+        if again:
+            self._hurried.add(pid)
+        self.signal(number)
+
+    def signal(self, number: signal.Signals) -> None:
+        """To the daemon, if there is one."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.daemon.pid, number)
+
+    @contextlib.contextmanager
+    def standing_still(self, pid: int) -> Iterator[None]:
+        """SIGSTOP a process for so long."""
+        since = time.monotonic_ns()
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
+            self.pauses.append(Pause(since, time.monotonic_ns()))
+
+    def arm(self, role: int, number: signal.Signals, point: int = 0, countdown: int = 1) -> None:
+        """See Page.arm."""
+        self._signal = number
+        self.page.arm(role, number, point, countdown)
+
+    def take_hits(self, pause: float = 0.0) -> int:
+        """Note what happened at fault points, and let who stopped there go on after a pause; how many there were."""
+        with self._lock:
+            hits = self.page.take_hits()
+            for hit in hits:
+                process = Process.of(hit.pid)
+                if self._signal == signal.SIGKILL:
+                    self.deaths.append(Death(ROLES[hit.role], hit.pid, hit.at, time.monotonic_ns()))
+                elif process is not None:
+                    time.sleep(pause)
+                    process.kill(signal.SIGCONT)
+                    self.pauses.append(Pause(hit.at, time.monotonic_ns()))
+            return len(hits)
+
+    # --- health ---------------------------------------------------------------------------------------------
+
+    def serves(self) -> bool:
+        """Whether a ping is answered by a running daemon."""
+        try:
+            with Client(self.daemon.socket) as client:
+                client.socket.settimeout(2.0)
+                answer: dict[str, Any] = client.request({"command": "ping"})
+                return bool(answer.get("result", {}).get("state") == "running")
+        except (OSError, EOFError):
+            return False
+
+    def wait_until_it_serves(self) -> None:
+        """After a fault, and with none in force."""
+        self.page.off()
+        wait_until(self.serves, "the daemon answers a ping", PATIENCE)
+        self.take_hits()
+
+
+__all__ = ["DAEMON", "FORK_SERVER", "Death", "Family", "Pause", "Service"]
