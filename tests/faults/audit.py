@@ -111,12 +111,14 @@ class Audit:
             found.acknowledged += 1
         elif job.state == REFUSED and runs:
             found.wrong.append(f"{named(job)} was refused, and ran")
-        failed = 0
+        failed: list[Run] = []
         for run, following in pairwise(runs):
             why = self._why_again(job, run, following.begin)
-            if why is None and run.end is not None and not run.ok and failed < job.max_attempts - 1:
-                failed += 1
+            if why is None and run.end is not None and not run.ok and len(failed) < job.max_attempts - 1:
+                failed.append(run)
                 why = ATTEMPT
+            elif why == DAEMON:  # which may not have written of the latest failures either
+                failed = [each for each in failed if self._why_again(job, each, following.begin) != DAEMON]
             if why is None:
                 found.unexplained.append(f"{named(job)}: {shown(runs)}; {self._near(run)}")
             else:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from daemon_process import wait_until
 
-from faults.audit import Audit, Findings, Told, told
+from faults.audit import Audit, Findings, Told, named, shown, told
 from faults.clients import Submitter
 from faults.faults import FAULTS, Context
 from faults.jobs import Jobs
@@ -104,12 +104,12 @@ class Campaign:
         for client in self.clients:
             client.finish()
         self._drained()
+        ledger = Ledger(self.service.ledger)
         for client in self.clients:
-            client.join(PATIENCE)
-            self._client_ended(client)
+            self._client_ended(client, ledger)
         dead = self._take_dead()
         self.service.take_hits()
-        found = Audit(self.jobs, Ledger(self.service.ledger), dead, self.service.deaths, self.service.pauses).run()
+        found = Audit(self.jobs, ledger, dead, self.service.deaths, self.service.pauses).run()
         found.wrong += self.service.problems
         self.service.problems.clear()
         found.wrong += self._tracebacks()
@@ -137,12 +137,13 @@ class Campaign:
             status = self.service.daemon.status()
             raise AssertionError(f"{error}; {status['jobs']}, {status['processes']}") from None
 
-    def _client_ended(self, client: Submitter) -> None:
+    def _client_ended(self, client: Submitter, ledger: Ledger) -> None:
         if client.is_alive():
             self.jobs.wrong.append(f"{client.name} still waits for an answer")
         if client.defect is not None:
             self.jobs.wrong.append(f"{client.name}: {client.defect!r}")
-        self.jobs.wrong += [f"the result of job {number} never came" for number in client.missing]
+        for job in client.missing:
+            self.jobs.wrong.append(f"the result of {named(job)} never came: {shown(ledger.runs[job.number])}")
 
     def _take_dead(self) -> dict[int, Told]:
         found: dict[int, Told] = {}

@@ -36,7 +36,7 @@ class Submitter(threading.Thread):
         self._again: deque[Submitted] = deque()
         self._finishing = threading.Event()
         self._waiting: dict[str, Submitted] = {}  # by id: who is to get a second line on this connection
-        self.missing: list[int] = []  # numbers of jobs whose second line never came, though nothing was cut
+        self.missing: list[Submitted] = []  # jobs whose second line never came, though nothing was cut
 
     def finish(self) -> None:
         """Stop making jobs; the thread ends once all that has an id is answered, and all results have come."""
@@ -61,7 +61,7 @@ class Submitter(threading.Thread):
                 client.finish()
                 for line in client.rest():
                     self._result(line)
-                self.missing += [job.number for job in self._waiting.values()]
+                self.missing += self._waiting.values()
         except LOST:
             return 0.02
         return 0.0
