@@ -49,7 +49,7 @@ class Findings:
         self.submitted = self.acknowledged = self.ran = self.runs = 0
         self.dead: Counter[str] = Counter()
         self.again: Counter[str] = Counter()  # runs beyond the first, by what explains them
-        self.latest = 0  # ns, at most, between a job's end and the death of a daemon that had not written it
+        self.latest = (0, "")  # ns, at most, between a job's end and the death of a daemon that had not written it
         self.lost: list[str] = []
         self.unexplained: list[str] = []
         self.innocent: list[str] = []  # dead jobs that did nothing wrong
@@ -88,6 +88,7 @@ class Audit:
             job = jobs.by_number.get(number)
             if job and job.target in NASTY and NASTY[job.target].kills == "fork server":
                 self.deaths += [Death("fork server", run.parent, run.begin, run.begin + NASTY_KILL) for run in runs]
+        self.deaths.sort(key=lambda death: death.since)
 
     def run(self) -> Findings:
         """Look at every job."""
@@ -134,31 +135,29 @@ class Audit:
         nasty = NASTY.get(job.target)
         if nasty is not None and nasty.kills:
             return OWN
-        for death in self.deaths:
-            if death.since > before or death.until < run.begin:
+        for death in self.deaths:  # in the order in which they came
+            if death.since > before or death.until < (run.end or run.begin):
                 continue
             if death.what == "worker" and death.pid != run.pid:
                 continue
             if death.what == "fork server" and death.pid != run.parent:
                 continue
-            if run.end is not None and not self._soon(run, death):
+            if run.end is not None and not self._soon(job, run, death):
                 continue
             return WHY[death.what]
         return None
 
-    def _soon(self, run: Run, death: Death) -> bool:
+    def _soon(self, job: Submitted, run: Run, death: Death) -> bool:
         """Whether it came so soon after the job's end that the end may not have been known."""
         assert run.end is not None
-        if death.until < run.end:
-            return False
         late = max(0, death.since - run.end)
         late -= sum(max(0, min(p.until, death.since) - max(p.since, run.end)) for p in self.pauses)
         if death.what in {"worker", "fork server"}:
             return (run.next_begin is None or run.next_begin >= death.since) and late <= WORKER_SLACK * 1e9
-        if late <= DAEMON_SLACK * 1e9:
-            self.found.latest = max(self.found.latest, late)
-            return True
-        return False
+        if late > DAEMON_SLACK * 1e9:
+            return False
+        self.found.latest = max(self.found.latest, (late, f"{named(job)}, {death.what} {death.pid}"))
+        return True
 
     def _dead(self, job: Submitted, runs: list[Run], told: Told) -> None:
         """A dead job must have earned it."""

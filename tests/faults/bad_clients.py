@@ -9,7 +9,6 @@ import threading
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
 PATIENCE = 20.0  # seconds for an answer
@@ -27,13 +26,16 @@ LINES = (
 )
 
 
-@contextlib.contextmanager
-def connected(path: Path) -> Iterator[socket.socket]:
-    """A connection; what goes wrong on it is what these clients deserve."""
-    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as sock:
-        sock.settimeout(PATIENCE)
+def connected(path: Path) -> socket.socket:
+    """A new connection. Raises OSError, as all here may: what goes wrong is what these clients deserve."""
+    sock = socket.socket(socket.AF_UNIX)
+    sock.settimeout(PATIENCE)
+    try:
         sock.connect(str(path))
-        yield sock
+    except OSError:
+        sock.close()
+        raise
+    return sock
 
 
 def vanish_in_a_line(path: Path) -> None:
@@ -81,13 +83,7 @@ def crowd(path: Path) -> None:
     """1,024 connections at once, each idle but for one ping."""
     with contextlib.ExitStack() as stack:
         for _ in range(1024):
-            sock = stack.enter_context(socket.socket(socket.AF_UNIX))
-            sock.settimeout(PATIENCE)
-            try:
-                sock.connect(str(path))
-                sock.sendall(PING)
-            except OSError:
-                break
+            stack.enter_context(connected(path)).sendall(PING)
 
 
 BAD = (vanish_in_a_line, byte_at_a_time, never_read, half_open, garbage, crowd)
@@ -96,6 +92,11 @@ BAD = (vanish_in_a_line, byte_at_a_time, never_read, half_open, garbage, crowd)
 def start(kind: str, path: Path) -> threading.Thread:
     """Let one of them loose."""
     chosen = next(each for each in BAD if each.__name__ == kind)
-    thread = threading.Thread(target=chosen, args=(path,), name=kind, daemon=True)
+
+    def run() -> None:
+        with contextlib.suppress(OSError):
+            chosen(path)
+
+    thread = threading.Thread(target=run, name=kind, daemon=True)
     thread.start()
     return thread

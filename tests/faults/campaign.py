@@ -15,7 +15,7 @@ from daemon_process import wait_until
 
 from faults.audit import Audit, Findings, Told, named, shown, told
 from faults.clients import Submitter
-from faults.faults import FAULTS, Context
+from faults.injections import FAULTS, Context
 from faults.jobs import Jobs
 from faults.ledger import Ledger
 from faults.nasty import NASTY, OUTLIVES
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 RATES = (150.0, 100.0, 60.0)  # jobs a second of each client
 DRAINED_WITHIN = 120.0  # seconds in which all that is left must have run
 FRAME = re.compile(r'^  File ".*?/workerd/(\w+)\.py"', re.MULTILINE)
-FORGIVEN = ("sent what makes no sense", "timed out")  # what a traceback through workerd may follow
+FORGIVEN = ("sent what makes no sense", "timed out", "KeyboardInterrupt")  # what a traceback through workerd may follow
 
 
 class Campaign:
@@ -162,7 +162,7 @@ class Campaign:
         log = self.service.daemon.log
         new, self._log_read = log[self._log_read :], len(log)
         yield from (line for line in new.splitlines() if "defect" in line)
-        for block in re.split(r"^(?=\d{4}-\d\d-\d\d )", new, flags=re.MULTILINE):
+        for block in re.split(r"^(?=\d{4}-\d\d-\d\d |Traceback )", new, flags=re.MULTILINE):
             if FRAME.search(block) and not any(text in block for text in FORGIVEN):
                 yield block[:3000]
 

@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 import time
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
 PATIENCE = 60.0  # seconds; a daemon that answers no ping for so long has failed
 DRAIN_TIMEOUT = 1.0
+INTERRUPTED = int(signal.SIGINT)
+INTERRUPTED_EXITS = {1, 128 + INTERRUPTED}  # of Python, of workerd
 RESTART = 0.05  # seconds after which a daemon that failed is started again
 GOOD = "faults.targets:Targets"
 INJECT = Path(__file__).parent / "inject"
@@ -63,6 +66,8 @@ class Service:
         self.pauses: list[Pause] = []
         self.problems: list[str] = []
         self.starts = 0
+        self.hit: set[tuple[int, int]] = set()  # the fault points that did something: role, number
+        self.early: Counter[str] = Counter()  # signals that ended a daemon which was not ready for them
         self.fine = {0}  # exit statuses that are no surprise at present
         paths = (INJECT, ROOT / "tests", ROOT)
         own = {
@@ -73,6 +78,7 @@ class Service:
         self.daemon = Daemon(folder, GOOD, environment=own | dict(environment or {}), start=False, **SECTIONS)
         self._signal = signal.SIGKILL
         self._killed: dict[int, int] = {}  # pids that we killed, and when
+        self._sent: dict[int, dict[int, int]] = {}  # other signals that they were sent, and when
         self._stopping: dict[int, int] = {}  # ... that we asked to stop
         self._hurried: set[int] = set()  # ... twice
         self._closing = False
@@ -114,6 +120,10 @@ class Service:
             self.deaths.append(Death("daemon", pid, self._killed[pid], at))
         elif any(death.pid == pid and death.what == "daemon" for death in self.deaths):
             pass  # at a fault point
+        elif (number := INTERRUPTED if status in INTERRUPTED_EXITS else -status) in self._sent.get(pid, {}):
+            # it came before there was a handler for it, or after
+            self.early[signal.Signals(number).name] += 1
+            self.deaths.append(Death("daemon", pid, self._sent[pid][number], at))
         elif not self._closing:
             self.deaths.append(Death("daemon", pid, at, at))
             if status not in self.fine or pid in self._stopping:
@@ -156,6 +166,7 @@ class Service:
 
     def signal(self, number: signal.Signals) -> None:
         """To the daemon, if there is one."""
+        self._sent.setdefault(self.daemon.pid, {}).setdefault(number, time.monotonic_ns())
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.daemon.pid, number)
 
@@ -182,6 +193,7 @@ class Service:
         with self._lock:
             hits = self.page.take_hits()
             for hit in hits:
+                self.hit.add((hit.role, hit.point))
                 process = Process.of(hit.pid)
                 if self._signal == signal.SIGKILL:
                     self.deaths.append(Death(ROLES[hit.role], hit.pid, hit.at, time.monotonic_ns()))

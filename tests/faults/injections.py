@@ -117,9 +117,9 @@ def point(c: Context, role: int, number: signal.Signals) -> None:
     await_hit(c)
 
 
-def await_hit(c: Context) -> bool:
+def await_hit(c: Context, within: float = HIT_WITHIN) -> bool:
     """Wait for somebody to reach the point that is armed."""
-    end = time.monotonic() + HIT_WITHIN
+    end = time.monotonic() + within
     hit = False
     while not hit and time.monotonic() < end:
         hit = bool(c.service.take_hits(c.random.random() * 0.3))

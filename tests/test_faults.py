@@ -1,0 +1,167 @@
+"""The fault campaign, in short: every kind of fault, every nasty job, a sample of statements; and that it would notice.
+
+The long form is `tests/run faults`.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+from typing import TYPE_CHECKING
+
+import pytest
+from daemon_process import wait_until
+from faults.audit import Audit, Findings, Told
+from faults.campaign import Campaign
+from faults.injections import FAULTS
+from faults.jobs import ACCEPTED, REFUSED, Jobs
+from faults.ledger import Ledger
+from faults.nasty import NASTY
+from faults.page import WORKER
+from faults.points import MODULES, all_points
+from faults.service import Death, Pause
+from faults.walk import Walk
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+SEED = 20
+STATEMENTS = 25
+HALF_A_MESSAGE = "half_a_message"
+
+
+def test_every_kind_of_fault(tmp_path: Path) -> None:
+    """Each fault once, in an order that the seed decides, under load: nothing is lost, and nothing runs twice or is
+    charged without a fault that explains it.
+    """
+    with Campaign(tmp_path, SEED) as campaign:
+        campaign.begin()
+        order = sorted(FAULTS)
+        campaign.random.shuffle(order)
+        for name in order:
+            campaign.inject(name)
+        found = campaign.end()
+        assert found.bad == []
+        assert found.acknowledged > 500
+
+
+def test_every_nasty_job(tmp_path: Path) -> None:
+    """Each job that means harm, one after the other, among many that do not: it may take its worker with it, and is
+    charged for that; no other job is, and no process is left.
+    """
+    with Campaign(tmp_path, SEED) as campaign:
+        campaign.begin()
+        for target in sorted(NASTY):
+            if target != HALF_A_MESSAGE:
+                campaign.nasty(target)
+        found = campaign.end()
+        assert found.bad == []
+        assert found.dead["crashed"] >= 5
+
+
+def test_a_job_that_writes_half_a_message_into_its_workers_pipe(tmp_path: Path) -> None:
+    """What the worker says from then on is taken for the rest of it: the worker must be replaced, not waited for."""
+    with Campaign(tmp_path, SEED) as campaign:
+        campaign.begin()
+        for _ in range(4):
+            campaign.nasty(HALF_A_MESSAGE)
+        assert campaign.end().bad == []
+
+
+def test_a_sample_of_statements(tmp_path: Path) -> None:
+    """SIGKILL or SIGSTOP at statements of daemon, fork server and workers, chosen by the seed from all that are reached."""
+    with Campaign(tmp_path, SEED) as campaign:
+        campaign.begin()
+        walk = Walk(campaign)
+        walk.look(0.5)
+        for _, _ in zip(range(STATEMENTS), walk.steps(), strict=False):
+            pass
+        found = campaign.end()
+        assert found.bad == []
+        assert len(campaign.service.hit) > STATEMENTS / 2, walk.lines()
+
+
+def test_a_fault_point_is_at_every_statement_and_off_by_default(tmp_path: Path) -> None:
+    """An armed point hits once, where it should; before and after that nothing happens."""
+    points = all_points()
+    assert {point.module for point in points.values()} == set(MODULES)
+    assert len(points) > 1500
+    target = next(p for p in points.values() if (p.module, p.function) == ("worker", "Worker._report"))
+    with Campaign(tmp_path, SEED) as campaign:
+        service = campaign.service
+        service.daemon.run("plain", {"number": 1})
+        assert service.take_hits() == 0
+        before = {process.pid for process in service.family().workers}
+        service.arm(WORKER, signal.SIGKILL, target.number)
+        service.daemon.run("plain", {"number": 2})
+        wait_until(service.take_hits, "a hit")
+        assert service.hit == {(WORKER, target.number)}
+        (death,) = service.deaths
+        assert death.pid in before
+        service.daemon.run("plain", {"number": 3})
+        assert service.take_hits() == 0
+
+
+# --- the audit notices ----------------------------------------------------------------------------------------
+
+
+def audit(tmp_path: Path, jobs: Jobs, lines: str, deaths: Sequence[Death] = (), **dead: Told) -> Findings:
+    path = tmp_path / "ledger"
+    path.write_text(lines)
+    told = {int(number.removeprefix("job")): entry for number, entry in dead.items()}
+    return Audit(jobs, Ledger(path), told, deaths, [Pause(0, 0)]).run()
+
+
+def one(state: str, target: str = "plain", **options: object) -> Jobs:
+    jobs = Jobs()
+    jobs.add(target, {"max_crashes": 3, **options}).state = state
+    return jobs
+
+
+ONCE = "B 1 10 9 1000\nE 1 10 2000 ok\n"
+LATER = 5 * 10**9
+TWICE = ONCE + f"B 1 11 9 {LATER}\nE 1 11 {LATER + 1} ok\n"
+
+
+@pytest.mark.parametrize("lines", ["", "B 1 10 9 1000\n", "B 1 10 9 1000\nE 1 10 2000 raised\n"])
+def test_a_lost_job_is_noticed(tmp_path: Path, lines: str) -> None:
+    """Acknowledged, and it never ran, or never to its end, and is not dead."""
+    assert len(audit(tmp_path, one(ACCEPTED), lines).lost) == 1
+    assert audit(tmp_path, one(ACCEPTED), ONCE).bad == []
+
+
+@pytest.mark.parametrize(
+    ("death", "explained"),
+    [
+        (None, False),
+        (Death("worker", 10, 2500, 2600), True),
+        (Death("worker", 11, 2500, 2600), False),
+        (Death("worker", 10, 500, 600), False),
+        (Death("worker", 10, LATER - 10**9, LATER), False),
+        (Death("fork server", 9, 2500, 2600), True),
+        (Death("fork server", 8, 2500, 2600), False),
+        (Death("daemon", 1, 2500, 2600), True),
+        (Death("daemon", 1, LATER - 10**9, LATER), False),
+        (Death("daemon", 1, LATER + 1, LATER + 2), False),
+    ],
+)
+def test_a_job_that_runs_twice_without_a_reason_is_noticed(tmp_path: Path, death: Death | None, explained: bool) -> None:
+    """Only the death of its own worker, fork server or daemon explains it, and only if it came soon after its end."""
+    found = audit(tmp_path, one(ACCEPTED), TWICE, [death] if death else [])
+    assert (len(found.unexplained), found.again.total()) == ((0, 1) if explained else (1, 0))
+
+
+def test_a_job_that_is_dead_without_a_reason_is_noticed(tmp_path: Path) -> None:
+    """A crash needs a death, a failure a job that raises; a job that was refused must not run."""
+    crashed, failed = Told("crashed", 0, 3, ""), Told("failed", 1, 0, "")
+    assert len(audit(tmp_path, one(ACCEPTED), "B 1 10 9 1000\n", job1=crashed).innocent) == 1
+    assert len(audit(tmp_path, one(ACCEPTED), ONCE, job1=failed).innocent) == 1
+    raised = ONCE.replace("ok", "raised")
+    assert audit(tmp_path, one(ACCEPTED, "flaky"), raised, job1=failed).bad == []
+    assert len(audit(tmp_path, one(REFUSED), ONCE).wrong) == 1
+
+
+def test_the_campaign_can_be_imported_without_the_product_changed() -> None:
+    """The points are in the daemon's processes only: not in whoever runs the campaign."""
+    assert not any(type(finder).__module__ == "faults.points" for finder in sys.meta_path)
