@@ -144,6 +144,7 @@ def test_a_lost_job_is_noticed(tmp_path: Path, lines: str) -> None:
         (Death("daemon", 1, 2500, 2600), True),
         (Death("daemon", 1, LATER - 10**9, LATER), False),
         (Death("daemon", 1, LATER + 1, LATER + 2), False),
+        (Death("daemon", 1, 1500, 1600), True),  # its workers lived on for a moment
     ],
 )
 def test_a_job_that_runs_twice_without_a_reason_is_noticed(tmp_path: Path, death: Death | None, explained: bool) -> None:

@@ -136,7 +136,7 @@ class Audit:
         if nasty is not None and nasty.kills:
             return OWN
         for death in self.deaths:  # in the order in which they came
-            if death.since > before or death.until < (run.end or run.begin):
+            if death.since > before or death.over < (run.end or run.begin):
                 continue
             if death.what == "worker" and death.pid != run.pid:
                 continue
@@ -156,7 +156,8 @@ class Audit:
             return (run.next_begin is None or run.next_begin >= death.since) and late <= WORKER_SLACK * 1e9
         if late > DAEMON_SLACK * 1e9:
             return False
-        self.found.latest = max(self.found.latest, (late, f"{named(job)}, {death.what} {death.pid}"))
+        if run.ok:  # else it may have been tried again for that
+            self.found.latest = max(self.found.latest, (late, f"{named(job)}, {death.what} {death.pid}"))
         return True
 
     def _dead(self, job: Submitted, runs: list[Run], told: Told) -> None:

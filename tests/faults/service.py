@@ -23,6 +23,7 @@ PATIENCE = 60.0  # seconds; a daemon that answers no ping for so long has failed
 DRAIN_TIMEOUT = 1.0
 INTERRUPTED = int(signal.SIGINT)
 INTERRUPTED_EXITS = {1, 128 + INTERRUPTED}  # of Python, of workerd
+ORPHANS = 10**9  # ns for which processes may live on when their parent was killed: the kernel ends one after the other
 RESTART = 0.05  # seconds after which a daemon that failed is started again
 GOOD = "faults.targets:Targets"
 INJECT = Path(__file__).parent / "inject"
@@ -39,6 +40,11 @@ class Death(NamedTuple):
     pid: int
     since: int
     until: int
+
+    @property
+    def over(self) -> int:
+        """When whoever went with it was gone, too."""
+        return self.until if self.what == "worker" else self.until + ORPHANS
 
 
 class Pause(NamedTuple):
@@ -206,7 +212,9 @@ class Service:
     # --- health ---------------------------------------------------------------------------------------------
 
     def serves(self) -> bool:
-        """Whether a ping is answered by a running daemon."""
+        """Whether a ping is answered by a daemon that is not about to end."""
+        if self.daemon.pid in self._stopping or self.daemon.pid in self._killed:
+            return False
         try:
             with Client(self.daemon.socket) as client:
                 client.socket.settimeout(2.0)

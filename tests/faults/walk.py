@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import time
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from daemon_process import wait_until
+from daemon_process import Client, wait_until
 
 from faults.injections import await_hit, kill_daemon, kill_fork_server, kill_worker, reload
 from faults.page import ROLES
@@ -29,10 +30,10 @@ def nothing(_c: Context) -> None:
 
 def commands(c: Context) -> None:
     """What clients may ask."""
-    with c.service.daemon.connect() as client:
-        for request in ({"command": "status"}, {"command": "targets"}, {"command": "dead"}, {"command": "ping"}, 7):
+    with contextlib.suppress(OSError, EOFError), Client(c.service.daemon.socket) as client:
+        for request in ({"command": "status"}, {"command": "targets"}, {"command": "dead"}, {"command": "ping"}):
             client.send(request)
-        client.send({"command": "dead", "action": "retry", "target": "slow"})
+        client.request({"command": "dead", "action": "retry", "target": "slow"})
 
 
 def drain(c: Context) -> None:
