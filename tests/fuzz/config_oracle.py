@@ -18,11 +18,14 @@ def check(data: bytes, file: Path) -> Config | None:
     by one printable line for each problem, that names the file. `file` is written.
     """
     file.write_bytes(data)
+    problems: tuple[str, ...] = ()
     try:
         config = load(file)
     except ConfigError as error:
-        assert error.problems
-        for problem in error.problems:
+        problems, config = error.problems, None
+    if config is None:
+        assert problems
+        for problem in problems:
             assert problem.startswith(f"{file}: "), problem
             assert problem.isprintable(), problem
             assert len(problem) <= len(str(file)) + LONGEST_LINE, problem

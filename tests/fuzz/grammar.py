@@ -214,9 +214,8 @@ def reply(r: Random) -> bytes:
         (b'"accepted"', b'"accepted"', b'"duplicate"', b'"succeeded"', b'"dead"', b'"odd"', b"7", b"null")
     )
     fields = [(b'"id"', b'"a"' if r.randrange(5) else value(r)), (b'"status"', status)]
-    for name in (b"result", b"attempts", b"crashes", b"duration", b"command", b"error"):
-        if not r.randrange(3):
-            fields.append((b'"%b"' % name, value(r)))
+    others = (b"result", b"attempts", b"crashes", b"duration", b"command", b"error")
+    fields += [(b'"%b"' % name, value(r)) for name in others if not r.randrange(3)]
     if not r.randrange(4):
         codes = (b'"draining"', b'"too_many_connections"', b'"bad_request"', b'"odd"', b"7")
         fields = [(b'"error"', table(r, [(b'"code"', r.choice(codes)), (b'"message"', string(r))]))]
