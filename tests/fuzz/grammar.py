@@ -151,12 +151,22 @@ JOB_FIELDS: dict[bytes, Callable[[Random], bytes]] = {
 
 def command(r: Random) -> bytes:
     """A command, with fields that it has or has not."""
-    fields = [(b'"command"', b'"%b"' % r.choice(COMMANDS) if r.randrange(6) else value(r))]
-    for name in (b"id", b"action", b"target", b"all", b"after", b"limit"):
-        if not r.randrange(3):
-            plain = r.choice((b'"retry"', b'"list"', b"true", b"5", b"null", b"%d" % 2**64, b'"a"'))
-            fields.append((b'"%b"' % name, plain if r.randrange(3) else value(r)))
+    name = r.choice((b"dead", *COMMANDS))
+    fields = [(b'"command"', b'"%b"' % name if r.randrange(8) else value(r))]
+    for each, usual in COMMAND_FIELDS.items():
+        if not r.randrange(4 if name == b"dead" else 12):
+            fields.append((b'"%b"' % each, r.choice(usual) if r.randrange(5) else value(r)))
     return table(r, fields)
+
+
+COMMAND_FIELDS = {
+    b"id": (b'"order-7"', b"null"),
+    b"action": (b'"list"', b'"retry"', b'"delete"'),
+    b"target": (b'"echo"', b"null"),
+    b"all": (b"true", b"false"),
+    b"after": (b"0", b"5", b"%d" % (2**63 - 1), b"%d" % 2**63, b"%d" % 2**64),
+    b"limit": (b"1", b"1000", b"1001", b"0"),
+}
 
 
 def batch(r: Random) -> bytes:
