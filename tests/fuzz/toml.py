@@ -79,6 +79,33 @@ KEYS = (
     "ä",
     "_x",
 )
+TOKENS = (  # a dictionary for a fuzzer
+    *(
+        "[",
+        "]",
+        "{",
+        "}",
+        "=",
+        ".",
+        ",",
+        "\n",
+        "\r\n",
+        '"',
+        "'",
+        '"""',
+        "'''",
+        "#",
+        "\\u",
+        "\\U",
+        "[[",
+        "]]",
+        "true",
+        "nan",
+        "inf",
+    ),
+    *("attributes", "class", "targets", *ESCAPES, *(text for text in TEXTS if text)),
+    *(name for names in NAMES.items() for name in (names[0], *names[1])),
+)
 
 
 def text(r: Random) -> str:
