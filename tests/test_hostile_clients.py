@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Self
 import pytest
 from daemon_process import TIMEOUT, Client, Daemon, job, wait_until
 from fuzz import findings, grammar, protocol_oracle
+from proc import MIB, Memory, cpu_seconds
 
 from workerd.errors import Code
 
@@ -28,7 +29,6 @@ class Targets:
     def echo(self, arguments): return arguments
     def big(self, arguments): return "x" * arguments
 """
-MIB = 2**20
 LINE = b'{"target": "echo", "arguments": "'  # the beginning of one
 CONNECTIONS = 1024
 
@@ -48,22 +48,6 @@ def daemon(tmp_path_factory: pytest.TempPathFactory, descriptors: None) -> Itera
     with Daemon(folder, SOURCE, feeder={"max_connections": CONNECTIONS + 64}) as running:
         yield running
         assert "defect" not in running.log
-
-
-class Memory:
-    """The most memory that a process has, from now on, beyond what it has now; in bytes."""
-
-    def __init__(self, pid: int) -> None:
-        self._proc = Path(f"/proc/{pid}")
-        (self._proc / "clear_refs").write_text("5")  # the peak is what there is now, see proc(5)
-        self._before = self._figure("VmRSS")
-
-    def _figure(self, name: str) -> int:
-        lines = (self._proc / "status").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
-
-    def grown(self) -> int:
-        return self._figure("VmHWM") - self._before
 
 
 class Bystander:
@@ -248,12 +232,6 @@ def _pinged(daemon: Daemon) -> bool:
     with contextlib.suppress(OSError, EOFError):
         return "result" in daemon.request({"command": "ping"})
     return False
-
-
-def cpu_seconds(pid: int) -> float:
-    """Seconds of processor time that it has used."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def test_file_descriptors_run_out(tmp_path: Path, descriptors: None) -> None:
