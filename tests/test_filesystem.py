@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -10,12 +11,15 @@ import pytest
 from daemon_process import Daemon, job, wait_until
 from faults.mounts import Filesystem, private, why_not
 from faults.senders import SOURCE, Ledger, Senders, block_workers
+from faults.shim import Shim, compiler
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-pytestmark = pytest.mark.skipif(bool(why_not()), reason=why_not())
+MISSING = why_not() or ("" if compiler() else "needs a C compiler: apt-get install gcc libc6-dev")
+
+pytestmark = pytest.mark.skipif(bool(MISSING), reason=MISSING)
 
 
 @pytest.fixture
@@ -33,6 +37,22 @@ def dead_and_gone(daemon: Daemon) -> None:
     if daemon.process is not None and daemon.process.poll() is None:
         daemon.kill(signal.SIGKILL)
     wait_until(lambda: not daemon.descendants())
+
+
+def told(daemon: Daemon, clients: Senders) -> bool:
+    """Whether a client was refused, or the daemon is dead."""
+    return clients.have(0, 1) or daemon.process is None or daemon.process.poll() is not None
+
+
+@contextlib.contextmanager
+def before_a_sync(shim: Shim) -> Iterator[None]:
+    """While inside, a sync waits to begin. One that is under way when ext4 is gone may return as if all were well, one
+    in ten times on Linux 6.18, although what it was to make safe is lost.
+    """
+    shim.stall()
+    wait_until(lambda: shim.stalled)
+    yield
+    shim.heal()
 
 
 def everything_runs(daemon: Daemon, clients: Senders, ledger: Ledger, gate: Path) -> None:
@@ -102,18 +122,20 @@ def test_a_filesystem_that_turned_read_only(tmp_path: Path, filesystem: Filesyst
     """After an error of the filesystem jobs are refused, those that are there run, and the daemon stays up; once the
     filesystem is mended, all that was accepted is there.
     """
-    gate = tmp_path / "gate"
-    with Daemon(tmp_path, SOURCE, spool={"path": str(filesystem.root / "spool.db")}) as daemon:
+    gate, spool = tmp_path / "gate", filesystem.root / "spool.db"
+    shim = Shim(tmp_path, spool)
+    with Daemon(tmp_path, SOURCE, environment=shim.environment(), spool={"path": str(spool)}) as daemon:
         block_workers(daemon, gate)
         clients = Senders(daemon, ledger)
         wait_until(lambda: clients.have(100))
         filesystem.sync()
-        filesystem.go_read_only()
+        with before_a_sync(shim):
+            filesystem.go_read_only()
         wait_until(lambda: clients.have(0, 100))
         assert daemon.status()["state"] == "running"
         assert daemon.metrics()["workerd_spool_failing"] == 1
         gate.touch()
-        wait_until(lambda: len(ledger.lines()) > 100, "what is there runs")
+        wait_until(lambda: len(ledger.lines()) >= 100, "what is there runs")
         gate.unlink()
         dead_and_gone(daemon)
         clients.join()
@@ -128,14 +150,17 @@ def test_a_filesystem_that_turned_read_only(tmp_path: Path, filesystem: Filesyst
 
 def test_a_filesystem_that_is_gone_at_once(tmp_path: Path, filesystem: Filesystem, ledger: Ledger) -> None:
     """As by power cuts under load: all that was not synced is lost. All that was accepted is there after a mount."""
-    gate = tmp_path / "gate"
-    with Daemon(tmp_path, SOURCE, spool={"path": str(filesystem.root / "spool.db")}) as daemon:
+    gate, spool = tmp_path / "gate", filesystem.root / "spool.db"
+    shim = Shim(tmp_path, spool)
+    with Daemon(tmp_path, SOURCE, environment=shim.environment(), spool={"path": str(spool)}) as daemon:
         for number in range(3):
             gate.unlink(missing_ok=True)
             block_workers(daemon, gate)
             clients = Senders(daemon, ledger, f"{number}")
             wait_until(partial(clients.have, 500))
-            filesystem.lose_power()
+            with before_a_sync(shim):
+                filesystem.lose_power()
+            wait_until(partial(told, daemon, clients))
             dead_and_gone(daemon)
             clients.join()
             filesystem.unmount()
