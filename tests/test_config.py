@@ -14,9 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from workerd.config import OPTION_WANTS, SECTIONS, Attributes, Config, Workers, load
-from workerd.errors import ConfigError, Exit
+from workerd.errors import ConfigError, Exit, shown
 from workerd.job import Backoff, OptionFields, Options
-from workerd.values import shown
 
 EXAMPLE = Path(__file__).parents[1] / "etc" / "workerd.toml"
 CLASS = '[attributes]\nclass = "module:Class"\n'

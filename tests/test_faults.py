@@ -147,7 +147,9 @@ def test_a_lost_job_is_noticed(tmp_path: Path, lines: str) -> None:
         (Death("daemon", 1, 1500, 1600), True),  # its workers lived on for a moment
     ],
 )
-def test_a_job_that_runs_twice_without_a_reason_is_noticed(tmp_path: Path, death: Death | None, explained: bool) -> None:
+def test_a_job_that_runs_twice_without_a_reason_is_noticed(
+    tmp_path: Path, death: Death | None, explained: bool
+) -> None:
     """Only the death of its own worker, fork server or daemon explains it, and only if it came soon after its end."""
     found = audit(tmp_path, one(ACCEPTED), TWICE, [death] if death else [])
     assert (len(found.unexplained), found.again.total()) == ((0, 1) if explained else (1, 0))

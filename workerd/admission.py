@@ -15,7 +15,7 @@ from msgspec import UNSET
 from workerd import protocol
 from workerd.access import Access
 from workerd.answer import Answer
-from workerd.errors import Code
+from workerd.errors import Code, shown
 from workerd.job import Job, Options
 
 if TYPE_CHECKING:
@@ -190,4 +190,4 @@ class Admission:
         """Why the peer may submit no job of the target."""
         if target in self.targets:
             return Code.FORBIDDEN, self.denials.tell(peer, f"submit jobs of {target}")
-        return Code.UNKNOWN_TARGET, UNKNOWN_TARGET.format(protocol.shown(target), ", ".join(sorted(self.targets)))
+        return Code.UNKNOWN_TARGET, UNKNOWN_TARGET.format(shown(target), ", ".join(sorted(self.targets)))

@@ -10,7 +10,7 @@ import os
 import socket
 from typing import TYPE_CHECKING
 
-from workerd.frames import FrameReader, frame
+from workerd.frames import MARK, FrameReader, frame
 from workerd.outbox import Outbox
 from workerd.output import TEXT_LIMIT
 
@@ -41,7 +41,7 @@ class Channel:
         self._socket.setblocking(False)
         os.set_blocking(self._their_output, True)
         self._loop = loop
-        self._frames = FrameReader()
+        self._frames = FrameReader(mark=MARK)
         self._unsent = bytearray()
         self._line = b""
 

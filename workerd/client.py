@@ -17,11 +17,10 @@ from typing import TYPE_CHECKING, Any, Self
 import msgspec
 
 from workerd.connection import DEFAULT_SOCKET, connect
-from workerd.errors import Refusal, UnavailableError, WorkerdError
+from workerd.errors import Refusal, UnavailableError, WorkerdError, shown
 from workerd.lines import JobLines
 from workerd.pipeline import Pipeline
 from workerd.replies import ENDED, Failure, Reply, Summary, decode_reply, unintelligible
-from workerd.values import shown
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -159,7 +158,7 @@ class Client:
         line = self._exchange({"command": name, **fields})
         try:
             answer = _decode_answer(line)
-        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        except (msgspec.MsgspecError, ValueError, RecursionError):
             raise unintelligible(self.path, line) from None
         if answer.error:
             raise Refusal(answer.error.code, answer.error.message)

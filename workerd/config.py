@@ -19,9 +19,9 @@ from msgspec import Meta, Struct
 
 from workerd import values
 from workerd.access import Access
-from workerd.errors import ConfigError
+from workerd.errors import ConfigError, printable, shown
 from workerd.job import Backoff, OptionFields, Options
-from workerd.values import MAX_SOCKET_PATH, MAX_WORKERS, key, shown
+from workerd.values import MAX_SOCKET_PATH, MAX_WORKERS, key
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -169,9 +169,9 @@ def _parse(file: Path) -> dict[str, Any]:
         line = data.count(b"\n", 0, error.start) + 1
         found = f"byte 0x{data[error.start]:02x} in line {line}"
         raise ConfigError(f"{file}: {found} is not UTF-8; save the file as UTF-8") from None
-    except (tomli.TOMLDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # a TOMLDecodeError, or what int() says of thousands of digits
         remedy = "mend that place (a section is [name], a key is name = value, text is in quotes)"
-        raise ConfigError(f"{file}: not TOML: {error}; {remedy}") from None
+        raise ConfigError(f"{file}: not TOML: {printable(str(error))}; {remedy}") from None
 
 
 class _Check:
@@ -237,7 +237,7 @@ class _Check:
             return self.refuse(where, given, wants, f" ({error})")
 
     def refuse(self, where: str, given: Any, wants: str, why: str = "") -> None:
-        self.problem(where, f"received {shown(given)}{why}; give {wants}")
+        self.problem(where, f"received {shown(given)}{printable(why)}; give {wants}")
 
     def problem(self, where: str, text: str) -> None:
         self.problems.append(f"{self.file}: {where}: {text}")

@@ -10,8 +10,8 @@ import socket
 import stat
 import struct
 
-from workerd.errors import UnavailableError, WorkerdError
-from workerd.values import MAX_SOCKET_PATH, shown
+from workerd.errors import UnavailableError, WorkerdError, shown
+from workerd.values import MAX_SOCKET_PATH
 
 DEFAULT_SOCKET = "/run/workerd.sock"
 START = "start it with `systemctl start workerd` or `workerd run`"

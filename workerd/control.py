@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from msgspec import UNSET, Raw, structs
 
 from workerd import __version__, protocol
-from workerd.errors import Code, SpoolError
+from workerd.errors import Code, SpoolError, shown
 from workerd.process import Phase
 
 if TYPE_CHECKING:
@@ -142,7 +142,7 @@ class Control:
             reply.complete(protocol.refusal(Code.SPOOL_FAILED, str(error)))
             return
         if result is None:
-            message = f"no dead job has the id {protocol.shown(request.id)}; `workerd dead` lists them"
+            message = f"no dead job has the id {shown(request.id)}; `workerd dead` lists them"
             reply.complete(protocol.refusal(Code.NOT_FOUND, message, request.id))
         else:
             reply.complete(answer("dead", result))

@@ -6,7 +6,9 @@ complete sentence (what, where, what was received, how to mend it) and never nee
 
 from __future__ import annotations
 
+import json
 from enum import IntEnum, StrEnum
+from typing import Any
 
 
 class Exit(IntEnum):
@@ -88,3 +90,23 @@ class JobTimeout(Exception):  # noqa: N818 - public name, raised inside the user
     A method may catch it to clean up; a job that is still running two seconds later is killed
     together with its worker's process group.
     """
+
+
+# --- how what was received is shown -----------------------------------------------------------------------
+
+
+def shown(value: Any) -> str:
+    """What was received, in one line of bounded length that no control character can break."""
+    try:
+        text = json.dumps(value, ensure_ascii=False, default=str)
+    except (RecursionError, ValueError):  # of a number with thousands of digits, too
+        text = type(value).__name__
+    return printable(text, 80)
+
+
+def printable(text: str, limit: int = 400) -> str:
+    """The text with an escape for whatever is not printable, cut to `limit` characters."""
+    if len(text) <= limit and text.isprintable():
+        return text
+    text = "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in text[:limit])
+    return text if len(text) < limit else f"{text[: limit - 3]}..."

@@ -8,6 +8,10 @@ from __future__ import annotations
 import struct
 
 _HEADER = struct.Struct("!i")
+HEAD = _HEADER.size
+# What messages of workers begin with. A job may write into its worker's pipe, by mistake: what follows must not be
+# taken for the rest of a message.
+MARK = b"wkrd"
 LIMIT = 64 * 2**20  # bytes; nothing that makes sense is longer
 
 
@@ -17,30 +21,35 @@ def frame(payload: bytes) -> bytes:
 
 
 class FrameReader:
-    """Cuts a stream of bytes into messages, of at most `limit` bytes each."""
+    """Cuts a stream of bytes into messages, of at most `limit` bytes each, that all begin with `mark`."""
 
-    def __init__(self, limit: int = LIMIT) -> None:
+    def __init__(self, limit: int = LIMIT, mark: bytes = b"") -> None:
         self._limit = limit
+        self._mark = mark
         self._rest = bytearray()  # grows in place: a large message comes in many pieces
 
     def feed(self, data: bytes) -> list[bytes]:
         """The messages that these bytes complete. Raises ValueError where a length makes no sense."""
         if self._rest:
             self._rest += data
-            if len(self._rest) < 4 or len(self._rest) < 4 + _HEADER.unpack_from(self._rest)[0]:
+            if (end := self._end(self._rest, 0)) is None or end > len(self._rest):
                 return []
             data = bytes(self._rest)
             self._rest.clear()
         messages = []
         at = 0
-        while len(data) - at >= 4:
-            length = _HEADER.unpack_from(data, at)[0]
-            if not 0 <= length <= self._limit:
-                raise ValueError(f"a message of {length} bytes")
-            end = at + 4 + length
-            if end > len(data):
-                break
-            messages.append(data[at + 4 : end])
+        while (end := self._end(data, at)) is not None and end <= len(data):
+            messages.append(data[at + HEAD + len(self._mark) : end])
             at = end
         self._rest += data[at:]
         return messages
+
+    def _end(self, data: bytes | bytearray, at: int) -> int | None:
+        """Where the message ends that begins there; None while that is not known."""
+        if len(data) - at < HEAD:
+            return None
+        length = _HEADER.unpack_from(data, at)[0]
+        begin = bytes(data[at + HEAD : at + HEAD + len(self._mark)])
+        if not len(self._mark) <= length <= self._limit or not self._mark.startswith(begin):
+            raise ValueError(f"a message of {length} bytes that begins with {begin!r}")
+        return at + HEAD + int(length)

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Protocol
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
-from workerd.errors import Code, WorkerdError
+from workerd.errors import Code, WorkerdError, shown
+from workerd.protocol import shape
 from workerd.replies import Failure
-from workerd.values import shown
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -53,7 +53,6 @@ _decode_plain = msgspec.json.Decoder(_Plain)
 _decode_waiting = msgspec.json.Decoder(_Waiting)
 _decode_identified = msgspec.json.Decoder(_Identified)
 _decode_fields = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
-_decode_any = msgspec.json.Decoder().decode
 _encoder = msgspec.json.Encoder()
 
 Refused = list[tuple[int, Failure]]
@@ -213,10 +212,10 @@ def _values(chunk: bytes, decoder: msgspec.json.Decoder[Any]) -> int:
 def _job(line: bytes, *, wait: bool) -> bytes | Failure:
     """One line as it is to be sent; or why it is no job. What else is wrong with it the daemon will say."""
     try:
-        value = _decode_any(line)
+        value = shape(line)
     except RecursionError:
         return Failure(code=Code.BAD_JSON, message="the line is nested too deeply")
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+    except (msgspec.MsgspecError, ValueError) as error:
         return Failure(code=Code.BAD_JSON, message=f"the line is not valid JSON: {error}")
     if not isinstance(value, dict) or "command" in value:
         return Failure(code=Code.BAD_REQUEST, message=f"a line must be one job, {EXAMPLE}; got {_kind(value)}")

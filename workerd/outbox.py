@@ -60,14 +60,18 @@ class Outbox:
         """The results by position; none where the worker empties it meanwhile, for then they are on their way."""
         (emptied,) = _WORD.unpack_from(self._memory, _EMPTIED)
         (end,) = _WORD.unpack_from(self._memory, _END)
+        if not _RECORDS <= end <= SIZE:  # a job has written over it
+            return {}
         data = self._memory[:end]
         if _WORD.unpack_from(self._memory, _EMPTIED) != (emptied,):
             return {}
         found = {}
         at = _RECORDS
-        while at < end:
+        while at + _RECORD.size <= end:
             position, length = _RECORD.unpack_from(data, at)
             at += _RECORD.size + length
+            if at > end:
+                return {}
             found[position] = data[at - length : at]
         return found
 

@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal
 import msgspec
 from msgspec import UNSET, Meta, Raw, UnsetType
 
-from workerd.errors import Code, Refusal
+from workerd.errors import Code, Refusal, printable, shown
 from workerd.job import OptionFields, Seconds
 
 Id = Annotated[str, Meta(min_length=1, max_length=128)]
@@ -68,7 +68,7 @@ class Dead(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     id: Id | None = None
     target: str | None = None
     all: bool = False
-    after: Annotated[int, Meta(ge=0)] = 0
+    after: Annotated[int, Meta(ge=0, le=2**63 - 1)] = 0
     limit: Annotated[int, Meta(ge=1, le=1000)] = 100
 
 
@@ -199,19 +199,38 @@ def _is_text(data: bytes) -> bool:
 
 
 def _parse_line(line: bytes) -> Request:
+    """One line by itself, of which it is not known yet whether it is JSON."""
     try:
-        value = msgspec.json.decode(line)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
+        value = shape(line)
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else printable(str(error))
         return Problem(Code.BAD_JSON, f"the line is not valid JSON: {reason}")
-    given = value.get("id") if isinstance(value, dict) else None
-    request_id = given if isinstance(given, str) and len(given) <= 128 else None
     try:
         return _interpret(line, value)
     except Refusal as refusal:
-        return Problem(Code(refusal.code), refusal.message, request_id)
-    except msgspec.ValidationError as error:
-        return Problem(Code.BAD_REQUEST, str(error), request_id)
+        code, message = Code(refusal.code), refusal.message
+    except msgspec.MsgspecError as error:
+        code, message = Code.BAD_REQUEST, printable(str(error))
+    except RecursionError:
+        code, message = Code.BAD_JSON, "the line is not valid JSON: it is nested too deeply"
+    return Problem(code, message, _text(value.get("id"), 128) if isinstance(value, dict) else None)
+
+
+def shape(line: bytes) -> Any:
+    """The value of the line; what is in an object, or in an array, stays as it was written: numbers may be too large
+    for us, and are the worker's business. Raises where it is not JSON.
+    """
+    line.decode()
+    kind = line.lstrip(b" \t\r")[:1]
+    return msgspec.json.decode(line, type={b"{": dict[str, Raw], b"[": list[Raw]}.get(kind, Any))
+
+
+def _text(value: Raw | None, limit: int) -> str | None:
+    """The string that a raw value is, if it is one, and no longer than that."""
+    if value is None or not bytes(value).startswith(b'"'):
+        return None
+    text: str = msgspec.json.decode(value)
+    return text if len(text) <= limit else None
 
 
 def _interpret(line: bytes, value: Any) -> Request:
@@ -228,13 +247,15 @@ def _interpret(line: bytes, value: Any) -> Request:
         )
     if "command" not in value:
         return Single([_decode_job.decode(line)])
-    if value["command"] == "dead":
-        return _checked(msgspec.convert(value, Dead))
-    if value["command"] in ("ping", "status", "targets"):
-        return msgspec.convert(value, Plain)
+    command = _text(value["command"], 10)
+    if command == "dead":
+        return _checked(msgspec.json.decode(line, type=Dead))
+    if command in {"ping", "status", "targets"}:
+        return msgspec.json.decode(line, type=Plain)
+    given = printable(bytes(value["command"]).decode(), 60)
     raise Refusal(
         Code.UNKNOWN_COMMAND,
-        f"there is no command {shown(value['command'])}; the commands are ping, status, targets and dead",
+        f"there is no command {given}; the commands are ping, status, targets and dead",
     )
 
 
@@ -243,12 +264,6 @@ def _checked(request: Dead) -> Dead:
     if request.action != "list" and sum(chosen) != 1:
         raise Refusal(Code.BAD_REQUEST, f'{request.action} needs exactly one of "id", "target" and "all": true')
     return request
-
-
-def shown(value: object) -> str:
-    """A received value as a message shows it: JSON, cut where it is long."""
-    text = _encode(value).decode()
-    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 # --- replies ----------------------------------------------------------------------------------------------

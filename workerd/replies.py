@@ -6,8 +6,7 @@ from typing import Any
 
 import msgspec
 
-from workerd.errors import UnavailableError
-from workerd.values import shown
+from workerd.errors import UnavailableError, shown
 
 ENDED = ("succeeded", "dead")  # statuses of result lines
 SHOWN = 5  # of the refusals, and of the dead jobs, that a summary keeps
@@ -41,8 +40,11 @@ class Reply(msgspec.Struct, gc=False):
 
     @property
     def value(self) -> Any:
-        """The result of a job that succeeded, decoded."""
-        return msgspec.json.decode(self.result)
+        """The result of a job that succeeded, decoded. Raises UnavailableError for what this Python cannot hold."""
+        try:
+            return msgspec.json.decode(self.result)
+        except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+            raise UnavailableError(f"the result of job {self.id} cannot be decoded: {error}") from None
 
 
 class Summary(msgspec.Struct):
@@ -93,16 +95,18 @@ _decode_lines = msgspec.json.Decoder(Reply).decode_lines
 def decode_reply(path: str, line: bytes) -> Reply:
     """One reply. Raises UnavailableError where there is something else."""
     try:
+        line.decode()  # a result is passed over without a look at its encoding
         return _decode(line)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+    except (msgspec.MsgspecError, ValueError, RecursionError):
         raise unintelligible(path, line) from None
 
 
 def decode_replies(path: str, lines: bytes) -> list[Reply]:
     """The replies in whole lines. Raises UnavailableError where there is something else."""
     try:
+        lines.decode()
         return _decode_lines(lines)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+    except (msgspec.MsgspecError, ValueError, RecursionError):
         raise unintelligible(path, lines) from None
 
 

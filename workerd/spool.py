@@ -19,7 +19,7 @@ from workerd import rows, upkeep
 from workerd.errors import DamagedSpoolError, SpoolError
 from workerd.job import Job
 from workerd.rows import DeadJob, as_json, packed, unpacked
-from workerd.spoolfile import begin, connect, explained, lock
+from workerd.spoolfile import begin, connect, explained, lock, sync_folder
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -79,7 +79,10 @@ class Spool:
             db = connect(":memory:")
             return cls(db, begin(db, None), None, -1)
         try:
+            missing = [folder for folder in (path.parent, *path.parent.parents) if not folder.exists()]
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            for folder in missing:
+                sync_folder(folder)  # what is in it is no safer than its name
             lock_fd = lock(path)
         except OSError as error:
             raise SpoolError(f"the spool {path} cannot be opened: {error.strerror}: {error.filename}") from error

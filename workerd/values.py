@@ -1,4 +1,4 @@
-"""How a value in the configuration is read, and how one that is wrong is shown.
+"""How a value in the configuration is read.
 
 Each reader takes the value as TOML has it and the folder of the file, and returns what the program uses. A
 ValueError says what is wrong beyond what the key's own words say; where nothing more can be said the value is
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import grp
 import ipaddress
-import json
 import keyword
 import os
 import re
@@ -36,16 +35,6 @@ def key(
 ) -> Meta:
     """For Annotated: the end of the sentence "give ...", the value's reader, and the limits of its result."""
     return Meta(description=wants, extra={"read": read} if read else None, ge=ge, le=le)
-
-
-def shown(value: Any) -> str:
-    """What was received, in one line of bounded length that no control character can break."""
-    try:
-        text = json.dumps(value, ensure_ascii=False, default=str)
-    except RecursionError:
-        text = type(value).__name__
-    text = "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in text)
-    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def string(value: Any) -> str:
@@ -84,7 +73,11 @@ def folders(value: Any, folder: Path) -> tuple[Path, ...]:
         raise ValueError("not a list")  # noqa: TRY004 - see string
     found = tuple(path(item, folder) for item in value)
     for item in found:
-        if not item.is_dir():
+        try:
+            is_folder = item.is_dir()
+        except OSError:  # a name that is too long, say
+            is_folder = False
+        if not is_folder:
             raise ValueError(f"{item} is not a directory that can be read")
     return found
 

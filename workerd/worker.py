@@ -27,6 +27,7 @@ import msgspec
 
 from workerd import claims
 from workerd.errors import JobTimeout
+from workerd.frames import MARK
 from workerd.output import TEXT_LIMIT, JobLogHandler, JobStream
 
 if TYPE_CHECKING:
@@ -159,7 +160,7 @@ class Worker:
         if self.forked:
             return
         with self._lock:
-            self.connection.send_bytes(self._encode(message))
+            self.connection.send_bytes(MARK + self._encode(message))
 
     def run(self, methods: Methods) -> None:
         """Run batches until the pool closes the pipe, or is gone."""
