@@ -17,7 +17,7 @@ PACKAGE = ROOT / "workerd"
 
 # A module imports from lower layers only ...
 LAYERS: list[set[str]] = [
-    {"errors", "job", "values"},
+    {"clock", "errors", "job", "values"},
     {
         "access",
         "alarm",

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from msgspec import UNSET
 
-from workerd import protocol
+from workerd import clock, protocol
 from workerd.access import Access
 from workerd.answer import Answer
 from workerd.errors import Code, shown
@@ -88,7 +88,7 @@ class Admission:
 
     def submit(self, request: protocol.Single | protocol.Batch, reply: Reply) -> None:
         """Accept or refuse jobs; completes the reply, now or once they are safe."""
-        now = time.time()
+        now = clock.now()
         batch = isinstance(request, protocol.Batch)
         answer = Answer(self.engine, reply, batch=batch)
         requests = request.jobs

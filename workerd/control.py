@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from msgspec import UNSET, Raw, structs
 
-from workerd import __version__, protocol
+from workerd import __version__, clock, protocol
 from workerd.errors import Code, SpoolError, shown
 from workerd.process import Phase
 
@@ -107,7 +107,7 @@ class Control:
             "metrics": self.metrics_address,
             "workers": {"wanted": engine.pool.current.wanted, **self.worker_counts()},
             "jobs": self.job_counts(),
-            "oldest_ready": engine.queue.backlog.oldest_ready(),
+            "oldest_ready": engine.oldest_ready(),
             "targets": engine.metrics.by_target(),
             "rejected": engine.metrics.rejections(),
             "spool": {
@@ -170,8 +170,8 @@ class Control:
             "arguments": Raw(job.arguments),
             "uid": job.submitter and job.submitter.uid,
             "pid": job.submitter and job.submitter.pid,
-            "submitted": job.submitted,
-            "ended": dead.ended,
+            "submitted": clock.as_set(job.submitted),
+            "ended": clock.as_set(dead.ended),
             "attempts": job.attempts,
             "crashes": job.crashes,
             "error": Raw(dead.error),
@@ -191,7 +191,7 @@ class Control:
         # revived jobs join the end of their lines, so they need new places in the order
         if not limit:
             return 0
-        engine, now = self.engine, time.time()
+        engine, now = self.engine, clock.now()
         first = engine.next_seq
         engine.next_seq += limit
         queue = engine.queue
@@ -214,7 +214,7 @@ class Control:
         return count
 
     async def _delete_dead(self, request: protocol.Dead, _peer: Peer) -> dict[str, Any] | None:
-        now = time.time()
+        now = clock.now()
         selection = structs.asdict(request)
         count = await self.engine.writer.call(lambda spool: spool.delete_dead(selection, now))
         if request.id is not None and not count:

@@ -12,12 +12,11 @@ import gc
 import logging
 import signal
 import sys
-import time
 from typing import TYPE_CHECKING, Any
 
 import uvloop
 
-from workerd import __version__, config, forkserver, log, metrics, notify, scrape, worker
+from workerd import __version__, clock, config, forkserver, log, metrics, notify, scrape, worker
 from workerd.admission import Admission
 from workerd.control import Control
 from workerd.engine import Engine
@@ -191,7 +190,7 @@ class Daemon:
         self._exits.callback(server.stop)
 
     def _purge(self) -> None:
-        before = time.time() - self.settings.spool.id_ttl
+        before = clock.now() - self.settings.spool.id_ttl
 
         async def purge() -> None:
             with contextlib.suppress(SpoolError):

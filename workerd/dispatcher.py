@@ -5,9 +5,9 @@ There is no polling: one timer for the next scheduled job, and one that runs onl
 
 from __future__ import annotations
 
-import time
 from typing import TYPE_CHECKING, Protocol
 
+from workerd import clock
 from workerd.alarm import Alarm
 from workerd.claims import STARTED
 from workerd.queue import BATCH_JOBS
@@ -25,7 +25,7 @@ SLOW = 0.001  # seconds after which a job that others were given with is slow
 OVERHEAD = 1e-6  # seconds that the daemon itself spends on a job
 LEEWAY = 0.001  # seconds that a quick job may take longer than expected
 LONGEST_PATIENCE = 0.1  # seconds; what is not expected to end within that is written at once
-CLOCK_CHECK = 60.0  # seconds after which a wait for a wall-clock time looks at the clock, which may have been set
+CLOCK_CHECK = 60.0  # seconds after which a wait looks at the clock: the loop's stands still while the host sleeps
 
 
 class Workers(Protocol):
@@ -129,7 +129,7 @@ class Dispatcher:
     def _promote(self) -> None:
         """Let the scheduled jobs that are due join their lines, and wake when the next one is."""
         backlog = self._queue.backlog
-        now = time.time()
+        now = clock.now()
         backlog.promote(now)
         due = backlog.next_due()
         if due is None or due <= now:  # none; or due, but the window is full: each report asks again

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from workerd import protocol
+from workerd import clock, protocol
 from workerd.errors import SpoolError
 from workerd.job import Job, State
 
@@ -60,6 +60,11 @@ class Engine:
             about |= {"uid": job.submitter.uid, "pid": job.submitter.pid}
         return about
 
+    def oldest_ready(self) -> float | None:
+        """Since when, by the host's clock, the job has been ready that has waited longest."""
+        moment = self.queue.backlog.oldest_ready()
+        return None if moment is None else clock.as_set(moment)
+
     # --- in -----------------------------------------------------------------------------------------------
 
     def enter(self, jobs: list[Job]) -> None:
@@ -72,7 +77,7 @@ class Engine:
 
     def succeeded(self, target: str, jobs: list[Job], durations: list[int], started: int) -> None:
         self.ended = True
-        now = time.time()
+        now = clock.now()
         first = now - (time.monotonic_ns() - started) * 1e-9
         if log.isEnabledFor(logging.DEBUG):
             for job, duration in zip(jobs, durations, strict=True):
@@ -105,7 +110,7 @@ class Engine:
             self.metrics.retried(job.target, 1)
             if job.stored:
                 self.writer.changes.updates.append(job)
-            wait = job.ready_at - time.time()
+            wait = job.ready_at - clock.now()
             log.warning(
                 "%s, to be run again in %.1f s: %s",
                 summary(reason, job, details),
@@ -127,7 +132,7 @@ class Engine:
         """A job is dead: keep it with its error, and tell who waits for it."""
         self.dead += 1
         self.metrics.finished(job.target, details["reason"], 1)
-        self.writer.changes.buried.append((job, msgspec.json.encode(details), time.time()))
+        self.writer.changes.buried.append((job, msgspec.json.encode(details), clock.now()))
         fields = {
             "id": self.job_id(job.seq, job.key),
             "status": "dead",

@@ -17,14 +17,13 @@ import signal
 import socket
 import sys
 import threading
-import time
 from collections import deque
 from multiprocessing import Pipe, util
 from typing import TYPE_CHECKING, Any, Self
 
 import msgspec
 
-from workerd import forkserver, worker, zygote
+from workerd import clock, forkserver, worker, zygote
 from workerd.claims import Claims
 from workerd.errors import WorkerdError
 from workerd.frames import FrameReader
@@ -234,7 +233,7 @@ class Supervisor:
     def _work_inbox(self) -> None:
         """Act on the program's messages, in order: a `False` waits until all jobs before it are begun."""
         inbox = self._inbox
-        now = time.time()
+        now = clock.now()
         while inbox:
             jobs: list[Job] = []
             while inbox and inbox[0][0] == PUT:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-import time
 from typing import TYPE_CHECKING
 
+from workerd import clock
 from workerd.claims import Claims
 from workerd.errors import DamagedSpoolError
 from workerd.spool import Changes, Spool
@@ -49,7 +49,7 @@ def recover(spool: Spool, claims: Claims, queue: JobQueue) -> int:
     interrupted = claims.interrupted()
     doomed = [job for job in spool.charge_crashes(interrupted) if job.crashes >= job.options.max_crashes]
     if doomed:
-        now = time.time()
+        now = clock.now()
         spool.commit(Changes(buried=[(job, DAEMON_KILLED, now) for job in doomed]))
     claims.clear()
     counts = spool.counts()

@@ -129,7 +129,7 @@ class Reporter:
         return metrics.Snapshot(
             jobs=self.control.job_counts(),
             workers=self.control.worker_counts(),
-            oldest_ready=self.control.engine.queue.backlog.oldest_ready(),
+            oldest_ready=self.control.engine.oldest_ready(),
             spool_bytes=self.control.engine.writer.spool.size(),
             spool_failing=self.failing,
             commit_began=time.time() - seconds if (seconds := self._committing()) else None,

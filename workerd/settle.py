@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import msgspec
 
-from workerd import worker
+from workerd import clock, worker
 from workerd.claims import DONE, SINCE, STARTED
 
 if TYPE_CHECKING:
@@ -122,12 +122,12 @@ class Settler:
         if kind == worker.UNUSABLE:
             self.queue.bury(job)
         else:
-            self.queue.failed(job, time.time())
+            self.queue.failed(job, clock.now())
         reason = "timed_out" if kind == worker.TIMEOUT else "failed"
         self.observer.failed(job, reason, error.encode(), duration)
 
     def _crash(self, job: Job, duration: int) -> None:
-        self.queue.crashed(job, time.time())
+        self.queue.crashed(job, clock.now())
         self.observer.failed(job, "crashed", CRASHED, duration)
 
     def catch_up(self, process: WorkerProcess, done: int) -> bool:
@@ -171,7 +171,7 @@ class Settler:
             victim = self.queue.report(holder, started, 1)[0]
             duration = max(0, time.monotonic_ns() - slot[SINCE])
             if process.expired:
-                self.queue.failed(victim, time.time())
+                self.queue.failed(victim, clock.now())
                 self.observer.failed(victim, "timed_out", KILLED, duration)
             else:
                 self._crash(victim, duration)
