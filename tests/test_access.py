@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import socket
 import stat
 from typing import TYPE_CHECKING, Any
@@ -340,3 +341,58 @@ def test_a_name_that_this_host_does_not_know_is_refused(tmp_path: Path) -> None:
             checked = daemon.command("check", "--config", str(daemon.config_file))
             assert checked.returncode == 78
             assert told in checked.stderr
+
+
+# --- what cannot be forged ---------------------------------------------------------------------------------
+
+FORGED = "2026-01-01 00:00:00.000 error forged"
+HOSTILE = [
+    "'; DROP TABLE jobs; --",
+    '" OR 1=1 --',
+    "../../../../etc/passwd",
+    "__import__('os').system('id')",
+    "{0.__class__} %s %n {job}",
+    f"x\n{FORGED}",
+    f"x\r{FORGED}\x1b[2K\x1b]0;title\x07",
+    f"x\u2028{FORGED}\x85{FORGED}\u202e",
+    "\x00nul\x7f\x9b31m",
+]
+
+
+def test_nothing_of_a_job_becomes_more_than_text(tmp_path: Path) -> None:
+    """Ids, arguments, exceptions and output with SQL, paths, format strings, newlines and control characters: each comes
+    back as it was; no line of the log begins as one of the log's own that nobody wrote; and what the command line prints
+    has nothing in it that a terminal would obey.
+    """
+    source = """
+class T:
+    def fail(self, arguments):
+        print(arguments)
+        raise ValueError(arguments)
+"""
+    with Daemon(tmp_path, source) as daemon, daemon.connect() as client:
+        for text in HOSTILE:
+            assert client.request(job("fail", text, id=text[:128]))["id"] == text
+            assert client.request(job(text))["error"]["code"] == "unknown_target"
+            assert client.request({"command": text})["error"]["code"] == "unknown_command"
+            assert client.request({"command": "dead", "target": text})["result"]["total"] == 0
+        daemon.wait_until(lambda status: status["jobs"]["dead"] == len(HOSTILE))
+        listed = client.request({"command": "dead"})["result"]["jobs"]
+        assert [(entry["id"], entry["arguments"], entry["error"]["message"]) for entry in listed] == [
+            (text, text, text) for text in HOSTILE
+        ]
+        for text in HOSTILE:
+            (found,) = client.request({"command": "dead", "id": text})["result"]["jobs"]
+            assert found["arguments"] == text
+        shown = [daemon.command("dead").stdout, daemon.command("status").stdout]
+        shown += [daemon.command("dead", "--", text).stdout for text in HOSTILE if "\0" not in text]
+        shown += [daemon.command("dead", "--json").stdout]
+        for printed in shown:
+            assert all(line.isprintable() for line in printed.split("\n")), printed
+        for line in daemon.log.splitlines():
+            assert line.startswith("    ") or re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d{3} ", line), line
+            assert not line.startswith(FORGED)
+            assert line.isprintable(), line
+        assert sorted(path.name for path in tmp_path.iterdir() if "spool" in path.name) == sorted(
+            f"spool.db{suffix}" for suffix in ("", "-shm", "-wal", ".claims", ".lock")
+        )

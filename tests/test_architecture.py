@@ -172,6 +172,21 @@ def test_only_children_import_by_name(module: str) -> None:
 
 
 @pytest.mark.parametrize("module", MODULES)
+def test_what_comes_in_is_never_run(module: str) -> None:
+    """Nothing is evaluated, nothing handed to a shell; pickles, which come from the program itself, are read in the
+    workers of StartWorkers only. What is in SQL is bound, but for constants, where ruff (S608) has us say so.
+    """
+    tree = ast.parse((PACKAGE / f"{module}.py").read_text())
+    called = {node.func.id for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)}
+    assert called & {"eval", "exec", "compile"} == set()
+    attributes = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    assert attributes & {"system", "popen"} == set()
+    _, others = imported(module)
+    assert others & {"marshal", "shelve"} == set()
+    assert "pickle" not in others or module in {"worker", "local"}
+
+
+@pytest.mark.parametrize("module", MODULES)
 def test_module_is_small(module: str) -> None:
     """A module is read at one sitting; what grows beyond that has a second job that wants its own room."""
     assert len((PACKAGE / f"{module}.py").read_text().splitlines()) <= MAX_LINES
