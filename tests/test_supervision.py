@@ -275,6 +275,34 @@ def test_a_killed_fork_server_is_replaced_with_its_workers(daemon: Daemon) -> No
     assert daemon.run("pid")["status"] == "succeeded"
 
 
+def test_a_stopped_fork_server_is_replaced_when_it_is_missed(tmp_path: Path) -> None:
+    """SIGSTOP of the fork server, then SIGKILL of a worker, of which nobody tells: after a while both are replaced, and
+    every job runs, also the one that the dead worker had.
+    """
+    source = """
+import os, time
+class Targets:
+    def echo(self, arguments): return arguments
+    def wait_for(self, path):
+        while not os.path.exists(path): time.sleep(0.01)
+"""
+    gate = tmp_path / "gate"
+    with Daemon(tmp_path, source, workers={"count": 1}) as daemon, daemon.connect() as client:
+        client.request(job("wait_for", str(gate), reply="result", backoff={"base": 0, "cap": 0}))
+        daemon.wait_until(lambda status: status["jobs"]["running"] == 1)
+        (worker,) = daemon.workers()
+        (server,) = (process for process in daemon.descendants() if process.pid != worker.pid)
+        server.kill(signal.SIGSTOP)
+        worker.kill()
+        client.send(job("echo", 1, reply="result"))
+        assert client.recv()["status"] == "accepted"
+        gate.touch()
+        ended = [client.recv(), client.recv()]
+        assert [reply["status"] for reply in ended] == ["succeeded"] * 2
+        assert not server.alive
+        assert "has not told of the end of worker 0 for 10 s" in daemon.log
+
+
 @pytest.mark.parametrize(
     "garbage",
     [[255, 255, 255, 252], [0, 0, 0, 1, 193], [127, 255, 255, 255]],

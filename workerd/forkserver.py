@@ -82,6 +82,11 @@ class ForkServer:
             return None
         return self._decode(data) if data else None
 
+    def kill(self) -> None:
+        """End it as if somebody else had done it."""
+        if self.process is not None:
+            self.process.kill()
+
     def close(self) -> None:
         """End the fork server, and with it any worker that is left."""
         self.socket.close()

@@ -19,6 +19,7 @@ logger = logging.getLogger("workerd")
 
 GIVE_UP_AFTER = 5  # rounds of workers that fail to start, while none of the generation was ever ready
 LONGEST_BACKOFF = 30.0  # seconds between attempts to start a worker that keeps failing
+SERVER_PATIENCE = 10.0  # seconds after the end of a worker within which the fork server must have told of it
 SERVER_BACKOFF = 1.0  # seconds between attempts to start a fork server that was killed and now fails to start
 
 
@@ -122,6 +123,7 @@ class Generation:
         if isinstance(message, zygote.Started):
             if message.slot in self.workers:
                 self.workers[message.slot].pid = message.pid
+                self.loop.create_task(self._watch(self.workers[message.slot]))
         elif isinstance(message, zygote.Exited):
             if message.slot in self.workers:
                 self._on_exit(self, self.workers[message.slot], message.status)
@@ -135,6 +137,15 @@ class Generation:
         else:
             self._close_server()
             self._restarting = self.loop.create_task(self._restart())
+
+    async def _watch(self, process: WorkerProcess) -> None:
+        """A fork server that is stopped, or stuck, neither tells of a worker's end nor starts another."""
+        await ended(process.pid)
+        await asyncio.sleep(SERVER_PATIENCE)
+        if self.workers.get(process.number) is process and self._open:
+            text = "the fork server has not told of the end of worker %d for %.0f s, and is replaced with its workers"
+            logger.error(text, process.number, SERVER_PATIENCE, extra={"event": "worker_exited"})
+            self._server.kill()
 
     async def _restart(self) -> None:
         """The fork server was killed, and its workers with it: wait for their end, then start over."""
