@@ -26,10 +26,10 @@ import time
 from pathlib import Path
 from typing import ClassVar
 
-HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE), str(HERE.parents[1])]
+TESTS = Path(__file__).parents[1]
+sys.path[:1] = [str(TESTS), str(TESTS.parent)]  # in place of this folder
 
-from compare_jobs import JOB_SECONDS, celery_app  # noqa: E402 - found by way of the line above
+from faults.compare_jobs import JOB_SECONDS, celery_app  # noqa: E402 - found by way of the line above
 
 WORKERS = 2
 FAULT_SECONDS = 1.0  # between two faults
@@ -64,7 +64,7 @@ class System:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.ledger = folder / "ledger"
-        self.environment = {**os.environ, "COMPARE_LEDGER": str(self.ledger), "PYTHONPATH": f"{HERE}:{HERE.parents[1]}"}
+        self.environment = {**os.environ, "COMPARE_LEDGER": str(self.ledger), "PYTHONPATH": f"{TESTS}:{TESTS.parent}"}
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
         self.log = (folder / "log").open("ab")
 
@@ -129,7 +129,7 @@ class Workerd(System):
         config = self.folder / "workerd.toml"
         if not config.exists():
             config.write_text(
-                f'[attributes]\nclass = "compare_jobs:Targets"\npath = ["{HERE}"]\n[workers]\ncount = {WORKERS}\n'
+                f'[attributes]\nclass = "faults.compare_jobs:Targets"\npath = ["{TESTS}"]\n[workers]\ncount = {WORKERS}\n'
                 f'[feeder]\nsocket = "{self.folder}/socket"\n[spool]\npath = "{self.folder}/spool.db"\n'
                 '[metrics]\nlisten = ""\n'
             )
@@ -158,7 +158,7 @@ class Beanstalkd(System):
 
     def commands(self) -> dict[str, list[str]]:
         server = ["beanstalkd", "-l", "127.0.0.1", "-p", str(self.port), "-b", str(self.folder), "-f", "0"]
-        worker = [sys.executable, str(HERE / "compare_jobs.py"), str(self.port)]
+        worker = [sys.executable, "-m", "faults.compare_jobs", str(self.port)]
         return {"server": server, **{f"worker {number}": worker for number in range(WORKERS)}}
 
     def connect(self) -> None:
@@ -187,7 +187,7 @@ class Celery(System):
     def commands(self) -> dict[str, list[str]]:
         server = ["redis-server", "--bind", "127.0.0.1", "--port", str(self.port), "--dir", str(self.folder)]
         server += ["--appendonly", "yes", "--appendfsync", "always", "--save", ""]
-        worker = [sys.executable, "-m", "celery", "-A", "compare_jobs", "worker", "--concurrency", str(WORKERS)]
+        worker = [sys.executable, "-m", "celery", "-A", "faults.compare_jobs", "worker", "--concurrency", str(WORKERS)]
         return {"server": server, "worker": [*worker, "--without-gossip", "--without-mingle", "--loglevel", "ERROR"]}
 
     def connect(self) -> None:
