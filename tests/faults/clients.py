@@ -58,6 +58,9 @@ class Submitter(threading.Thread):
                     chunk = self._chunk()
                     self._send(client, chunk)
                     self._finishing.wait(self._random.expovariate(self._rate / max(1, len(chunk))))
+                client.send({"command": "ping"})  # or we would not know that it was cut while we were idle
+                while "command" not in (line := client.recv()):
+                    self._result(line)
                 client.finish()
                 for line in client.rest():
                     self._result(line)
