@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING
 import pytest
 from daemon_process import wait_until
 from faults.audit import Audit, Findings, Told
-from faults.campaign import Campaign
-from faults.injections import FAULTS
+from faults.campaign import FAULTS, Campaign
 from faults.jobs import ACCEPTED, REFUSED, Jobs
 from faults.ledger import Ledger
 from faults.nasty import NASTY

@@ -98,7 +98,9 @@ class Audit:
         for number, runs in self.ledger.runs.items():
             if number not in self.jobs.by_number:
                 early = number < self.jobs.first
-                found.unexplained.append(f"job {number} " + ("ran again, long after its end" if early else "is unknown"))
+                found.unexplained.append(
+                    f"job {number} " + ("ran again, long after its end" if early else "is unknown")
+                )
             found.ran += 1
             found.runs += len(runs)
         for job in self.jobs.by_number.values():

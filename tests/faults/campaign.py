@@ -9,13 +9,13 @@ import random
 import re
 import time
 from collections import Counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from daemon_process import wait_until
-
 from faults.audit import Audit, Findings, Told, named, shown, told
 from faults.clients import Submitter
-from faults.injections import FAULTS, Context
+from faults.disk_injections import DISK
+from faults.injections import PROCESSES, Context
 from faults.jobs import Jobs
 from faults.ledger import Ledger
 from faults.nasty import NASTY, OUTLIVES
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
     from pathlib import Path
 
+FAULTS = PROCESSES | DISK
 RATES = (150.0, 100.0, 60.0)  # jobs a second of each client
 DRAINED_WITHIN = 120.0  # seconds in which all that is left must have run
 FRAME = re.compile(r'^  File ".*?/workerd/(\w+)\.py"', re.MULTILINE)
@@ -34,10 +35,10 @@ FORGIVEN = ("sent what makes no sense", "timed out", "KeyboardInterrupt")  # wha
 class Campaign:
     """`seed` decides all that we decide."""
 
-    def __init__(self, folder: Path, seed: int, environment: dict[str, str] | None = None) -> None:
+    def __init__(self, folder: Path, seed: int) -> None:
         self.random = random.Random(seed)
         self.seed = seed
-        self.service = Service(folder, environment)
+        self.service = Service(folder)
         self.injected: Counter[str] = Counter()
         self.findings = Findings()
         self.jobs = Jobs()
@@ -46,7 +47,7 @@ class Campaign:
         self.episodes = 0
         self._log_read = 0
 
-    def __enter__(self) -> Campaign:
+    def __enter__(self) -> Self:
         self.service.__enter__()
         return self
 
@@ -180,7 +181,6 @@ class Campaign:
         except AssertionError:
             names = []
             for process in self.service.daemon.descendants():
-                with contextlib.suppress(OSError):
-                    with open(f"/proc/{process.pid}/stat") as file:
-                        names.append(file.read()[:60])
+                with contextlib.suppress(OSError), open(f"/proc/{process.pid}/stat") as file:
+                    names.append(file.read()[:60])
             found.wrong.append(f"processes: wanted 1 fork server and {wanted} workers, there are {names}")

@@ -10,7 +10,6 @@ import time
 from typing import TYPE_CHECKING, NamedTuple
 
 from daemon_process import Process
-
 from faults import bad_clients
 from faults.page import DAEMON, FORK_SERVER, WORKER
 from faults.service import GOOD
@@ -30,6 +29,9 @@ BROKEN_CLASSES = {
     "instance": "from faults.targets import Targets\nclass Changed(Targets):\n    def __init__(self): raise ValueError\n",
 }
 HIT_WITHIN = 2.0  # seconds for which a fault point waits for somebody to reach it
+
+
+Faults = dict[str, "tuple[int, Callable[[Context], None]]"]
 
 
 class Context(NamedTuple):
@@ -129,7 +131,7 @@ def await_hit(c: Context, within: float = HIT_WITHIN) -> bool:
 
 
 def reload(c: Context) -> None:
-    c.service.signal(signal.SIGHUP)
+    c.service.send(signal.SIGHUP)
 
 
 def reload_changed(c: Context) -> None:
@@ -137,14 +139,14 @@ def reload_changed(c: Context) -> None:
     (daemon.folder / "changed.py").write_text(CHANGED.format(f"extra_{c.random.randrange(100)}"))
     daemon.configure(attributes={"class": "changed:Changed"})
     daemon.configure(workers={"count": c.random.choice((2, 3, 4))})
-    c.service.signal(signal.SIGHUP)
+    c.service.send(signal.SIGHUP)
     c.moment(0.5)
 
 
 def reload_and_back(c: Context) -> None:
     reload_changed(c)
     c.service.daemon.configure(attributes={"class": GOOD})
-    c.service.signal(signal.SIGHUP)
+    c.service.send(signal.SIGHUP)
 
 
 def reload_often(c: Context) -> None:
@@ -186,7 +188,7 @@ def reload_broken(c: Context) -> None:
     source = c.random.choice([None, *BROKEN_CLASSES.values()])
     with configured(c, "no = [toml", source):
         before = c.service.daemon.log.count("reload failed")
-        c.service.signal(signal.SIGHUP)
+        c.service.send(signal.SIGHUP)
         end = time.monotonic() + 5
         while c.service.daemon.log.count("reload failed") == before and time.monotonic() < end:
             time.sleep(0.02)
@@ -242,7 +244,7 @@ def bad_client(c: Context) -> None:
     c.crowds.append(bad_clients.start(kind, c.service.daemon.socket))
 
 
-FAULTS: dict[str, tuple[int, Callable[[Context], None]]] = {  # each with how often it comes, in shares
+PROCESSES: Faults = {  # each with how often it comes, in shares
     "SIGKILL a worker": (6, kill_worker),
     "SIGKILL all workers": (2, kill_workers),
     "SIGKILL the fork server": (4, kill_fork_server),

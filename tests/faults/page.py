@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import mmap
 import os
-import signal
 import time
-from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    import signal
+    from pathlib import Path
 
 DAEMON, FORK_SERVER, WORKER = 1, 2, 3
 ROLES = {DAEMON: "daemon", FORK_SERVER: "fork server", WORKER: "worker"}

@@ -53,13 +53,13 @@ class Instrument(ast.NodeTransformer):
         self._base = MODULES.index(module) * STRIDE + 1
         self._depth = 0
 
-    def visit_ClassDef(self, node: ast.ClassDef) -> ast.AST:  # noqa: N802 - ast's name
+    def visit_ClassDef(self, node: ast.ClassDef) -> ast.AST:
         return self._named(node, 0)
 
-    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:  # noqa: N802 - ast's name
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
         return self._named(node, self._depth + 1)
 
-    def visit_AsyncFunctionDef(self, node: ast.AsyncFunctionDef) -> ast.AST:  # noqa: N802 - ast's name
+    def visit_AsyncFunctionDef(self, node: ast.AsyncFunctionDef) -> ast.AST:
         return self._named(node, self._depth + 1)
 
     def _named(self, node: Any, depth: int) -> ast.AST:
@@ -156,7 +156,8 @@ def install(page: Page, role: int) -> None:
 def all_points() -> dict[int, Point]:
     """Every point by its number."""
     spec = importlib.util.find_spec("workerd")
-    assert spec is not None and spec.origin is not None
+    assert spec is not None
+    assert spec.origin is not None
     folder = Path(spec.origin).parent
     found = [instrumented(module, (folder / f"{module}.py").read_bytes())[1] for module in MODULES]
     return {point.number: point for points in found for point in points}

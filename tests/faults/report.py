@@ -18,7 +18,9 @@ def table(campaign: Campaign, more: Iterable[str] = ()) -> str:
     jobs = [(count, name) for name, count in campaign.injected.items() if name.startswith("job: ")]
     lines = ["", f"Faults, seed {campaign.seed}", "=" * 40]
     lines += rows(faults)
-    lines += [f"{sum(count for count, _ in faults):>9,}  together, and {campaign.service.starts:,} starts of the daemon"]
+    lines += [
+        f"{sum(count for count, _ in faults):>9,}  together, and {campaign.service.starts:,} starts of the daemon"
+    ]
     lines += ["", "Jobs that mean harm", "=" * 40, *rows(jobs), f"{sum(count for count, _ in jobs):>9,}  together"]
     lines += ["", "Jobs", "=" * 40]
     lines += rows(
@@ -44,7 +46,9 @@ def table(campaign: Campaign, more: Iterable[str] = ()) -> str:
     early = ", ".join(f"{count} by {name}" for name, count in campaign.service.early.items())
     lines += ["", f"{campaign.episodes} episodes, each drained and audited."]
     late, which = found.latest
-    lines += [f"At most {late / 1e6:.0f} ms from a job's end to the death of a daemon that had not written it ({which})."]
+    lines += [
+        f"At most {late / 1e6:.0f} ms from a job's end to the death of a daemon that had not written it ({which})."
+    ]
     lines += [f"Daemons ended by a signal that they could not catch yet, or no longer: {early}."] if early else []
     lines += [*more, *(f"{line} (x {count})" for line, count in Counter(found.bad).items())]
     return "\n".join(lines)
@@ -53,4 +57,6 @@ def table(campaign: Campaign, more: Iterable[str] = ()) -> str:
 def rows(counted: Iterable[tuple[int, str]], *, ordered: bool = False) -> list[str]:
     """Lines of a number and its name; the largest first unless they have an order."""
     found = list(counted)
-    return [f"{count:>9,}  {name}" for count, name in (found if ordered else sorted(found, key=lambda c: (-c[0], c[1])))]
+    return [
+        f"{count:>9,}  {name}" for count, name in (found if ordered else sorted(found, key=lambda c: (-c[0], c[1])))
+    ]

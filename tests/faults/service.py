@@ -9,15 +9,15 @@ import threading
 import time
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from daemon_process import ROOT, Client, Daemon, Process, wait_until
-
 from faults.page import DAEMON, FORK_SERVER, ROLES, Page
+from faults.shim import Shim
 from faults.targets import LEDGER
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator
 
 PATIENCE = 60.0  # seconds; a daemon that answers no ping for so long has failed
 DRAIN_TIMEOUT = 1.0
@@ -48,7 +48,7 @@ class Death(NamedTuple):
 
 
 class Pause(NamedTuple):
-    """A time for which a process stood still."""
+    """A time for which a process stood still, or the disk refused."""
 
     since: int
     until: int
@@ -64,7 +64,7 @@ class Family(NamedTuple):
 class Service:
     """Keeps a daemon in a folder."""
 
-    def __init__(self, folder: Path, environment: Mapping[str, str] | None = None) -> None:
+    def __init__(self, folder: Path) -> None:
         self.ledger = folder / "ledger"
         self.ledger.touch()
         self.page = Page(folder / "page")
@@ -81,17 +81,19 @@ class Service:
             "WORKERD_FAULT_CONTROL": str(folder / "page"),
             LEDGER: str(self.ledger),
         }
-        self.daemon = Daemon(folder, GOOD, environment=own | dict(environment or {}), start=False, **SECTIONS)
+        self.shim = Shim(folder, folder / "spool.db")
+        self.daemon = Daemon(folder, GOOD, environment=self.shim.environment(**own), start=False, **SECTIONS)
         self._signal = signal.SIGKILL
         self._killed: dict[int, int] = {}  # pids that we killed, and when
         self._sent: dict[int, dict[int, int]] = {}  # other signals that they were sent, and when
         self._stopping: dict[int, int] = {}  # ... that we asked to stop
         self._hurried: set[int] = set()  # ... twice
+        self.unwritten: set[int] = set()  # ... while the disk refused to write what had ended
         self._closing = False
         self._lock = threading.Lock()
         self._keeper = threading.Thread(target=self._keep, name="keeper", daemon=True)
 
-    def __enter__(self) -> Service:
+    def __enter__(self) -> Self:
         self.daemon.start()
         self.starts += 1
         self._keeper.start()
@@ -119,7 +121,7 @@ class Service:
     def _exited(self, pid: int, status: int, at: int) -> None:
         self.take_hits()
         if pid in self._stopping and status == 0:
-            cut = pid in self._hurried or at - self._stopping[pid] >= DRAIN_TIMEOUT * 1e9
+            cut = pid in self._hurried or pid in self.unwritten or at - self._stopping[pid] >= DRAIN_TIMEOUT * 1e9
             if cut:
                 self.deaths.append(Death("stop", pid, self._stopping[pid], at))
         elif pid in self._killed:
@@ -168,9 +170,9 @@ class Service:
         self._stopping.setdefault(pid, time.monotonic_ns())
         if again:
             self._hurried.add(pid)
-        self.signal(number)
+        self.send(number)
 
-    def signal(self, number: signal.Signals) -> None:
+    def send(self, number: signal.Signals) -> None:
         """To the daemon, if there is one."""
         self._sent.setdefault(self.daemon.pid, {}).setdefault(number, time.monotonic_ns())
         with contextlib.suppress(ProcessLookupError):
@@ -226,6 +228,7 @@ class Service:
     def wait_until_it_serves(self) -> None:
         """After a fault, and with none in force."""
         self.page.off()
+        self.shim.heal()
         wait_until(self.serves, "the daemon answers a ping", PATIENCE)
         self.take_hits()
 

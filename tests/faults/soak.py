@@ -11,7 +11,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from daemon_process import Process
-
     from faults.campaign import Campaign
     from faults.service import Service
 

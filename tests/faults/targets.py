@@ -1,7 +1,7 @@
 """The jobs of the campaign, which note when they begin and end in the ledger, a file that all workers append to.
 
-    B number pid parent ns          a run begins; `parent` is the fork server
-    E number pid ns ok|raised       and ends, if it lives to
+B number pid parent ns          a run begins; `parent` is the fork server
+E number pid ns ok|raised       and ends, if it lives to
 """
 
 from __future__ import annotations

@@ -9,7 +9,6 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 from daemon_process import Client, wait_until
-
 from faults.injections import await_hit, kill_daemon, kill_fork_server, kill_worker, reload
 from faults.page import ROLES
 from faults.points import all_points
