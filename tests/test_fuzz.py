@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from fuzz import config_oracle, findings, grammar, protocol_oracle, reference, stream_oracles, toml
+from fuzz.bytes_random import BytesRandom
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -64,6 +65,16 @@ def test_the_two_definitions_agree_on_what_a_job_is() -> None:
         reference.check(line, ("problem", "bad_request", "no", "x"))
     with pytest.raises(AssertionError):
         reference.check(b"{", right)
+
+
+@given(st.binary(max_size=200))
+@examples(100)
+def test_choices_from_bytes(data: bytes) -> None:
+    """What the coverage-guided fuzzers draw their choices from: the same bytes are the same input, and any will do."""
+    for made in (grammar.chunk, grammar.replies, toml.document):
+        assert made(BytesRandom(data)) == made(BytesRandom(data))
+    assert BytesRandom(data).getrandbits(8) == (data[0] if data else 0)
+    assert 0 <= BytesRandom(data).random() < 1
 
 
 # --- the configuration ------------------------------------------------------------------------------------

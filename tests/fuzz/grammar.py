@@ -202,10 +202,22 @@ def chunk(r: Random) -> bytes:
     count = r.randrange(7)
     if not r.randrange(3):
         lines = [b'{"target":%b,"arguments":%b}' % (string(r), value(r, 1)) for _ in range(count)]
+        if not r.randrange(3):
+            lines += misplaced(r)
     else:
         lines = [line(r) for _ in range(count)]
     end = r.choice((b"\n", b"\n", b"\n", b"\r\n", b"\n\n"))
     return end.join(lines) + r.choice((b"", b"\n", b"\n"))
+
+
+def misplaced(r: Random) -> list[bytes]:
+    """Jobs with as many newlines as there should be, not all of them in the right places."""
+    before, behind = r.choice(
+        ((b'{"target":"a"', b"}"), (b'{"target":"a",', b'"arguments":1}'), (b'{"target":"a","arguments":[{', b"},{}]}"))
+    )
+    spanning = r.choice(([before, behind], [before + b"}", b"{" + behind], [before + behind]))
+    sharing = r.choice((b"", b" ", b",")).join([b'{"target":"b"}'] * 2)
+    return r.choice(([*spanning, sharing], [sharing, *spanning], [sharing]))
 
 
 def cuts(r: Random, data: bytes) -> list[bytes]:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
 ROOM = 65536  # bytes that fit in a socket that nobody reads from yet
-JOBS = [{"target": "echo", "arguments": number, "id": f"job-{number}"} for number in range(3)]
+JOBS = [{"target": "echo"}, {"target": "echo", "id": "job-1"}, {"target": "echo", "id": "job-2"}]
 
 
 # --- the client -------------------------------------------------------------------------------------------
