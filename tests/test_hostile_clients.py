@@ -167,6 +167,69 @@ def test_clients_that_never_read_their_results(daemon: Daemon) -> None:
             assert received < results * size / 2
 
 
+def pour(clients: list[Client], data: bytes, other: Bystander) -> None:
+    """Send the data from each, and read nothing, until the daemon takes no more while others are served."""
+    poll = select.poll()
+    left: dict[int, tuple[Client, memoryview]] = {}
+    for client in clients:
+        client.socket.setblocking(False)
+        left[client.socket.fileno()] = client, memoryview(data)
+        poll.register(client.socket, select.POLLOUT)
+    since = other.rounds
+    while left and other.rounds < since + 20:
+        for fd, _ in poll.poll(10):
+            since = other.rounds
+            client, rest = left.pop(fd)
+            with contextlib.suppress(OSError):  # cut off
+                rest = rest[client.socket.send(rest) :]
+                if rest:
+                    left[fd] = client, rest
+            if fd not in left:
+                poll.unregister(fd)
+
+
+@pytest.mark.parametrize(
+    "data", [b"x\n" * 200_000, b'{"command":"status"}\n' * 20_000], ids=["lines that are none", "commands"]
+)
+def test_floods_whose_answers_nobody_reads(daemon: Daemon, data: bytes) -> None:
+    """Two bytes that make a reply of a hundred, from thirty clients: what waits to be read by them is bounded."""
+    with contextlib.ExitStack() as stack:
+        other = stack.enter_context(Bystander(daemon))
+        clients = [stack.enter_context(Client(daemon.socket)) for _ in range(30)]
+        memory = Memory(daemon.pid)
+        pour(clients, data, other)
+        assert memory.grown() < 220 * MIB
+
+
+def test_unread_results_of_many_clients(daemon: Daemon) -> None:
+    """Each of them is below the limit at which it would be cut off; all of them together are bounded as well."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(Bystander(daemon))
+        clients = [stack.enter_context(Client(daemon.socket)) for _ in range(24)]
+        memory = Memory(daemon.pid)
+        for client in clients:
+            for _ in range(6):
+                client.send(job("big", 8 * MIB, reply="result"))
+        daemon.wait_until_done()
+        assert memory.grown() < 600 * MIB
+
+
+def test_large_batches_at_the_same_time(tmp_path: Path) -> None:
+    """A line of jobs takes many times its length when it is taken apart: not all of them are, at the same time."""
+    batch = b"[" + b",".join([b'{"target":"echo"}'] * 50_000) + b"]"
+    with Daemon(tmp_path, SOURCE, spool={"path": ""}) as daemon, contextlib.ExitStack() as stack:
+        stack.enter_context(Bystander(daemon))
+        clients = [stack.enter_context(Client(daemon.socket)) for _ in range(20)]
+        memory = Memory(daemon.pid)
+        for client in clients:
+            client.send(batch)
+        for client in clients:
+            client.send(b"\n")
+        for client in clients:
+            assert len(client.recv()) == 50_000
+        assert memory.grown() < 300 * MIB
+
+
 def test_half_open_connections(daemon: Daemon) -> None:
     """Who ends its side in the middle of a line is answered, and the connection closed; who stops listening is not
     waited for.
