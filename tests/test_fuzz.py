@@ -14,6 +14,8 @@ from fuzz.bytes_random import BytesRandom
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from workerd.frames import MARK
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -148,17 +150,21 @@ def test_lines_of_a_file_that_were_found(data: bytes, wait: bool) -> None:
 # --- what a worker sends ----------------------------------------------------------------------------------
 
 
-@given(st.lists(st.binary(max_size=40), max_size=5), st.binary(max_size=12), RANDOMS)
+MARKS = st.sampled_from([b"", MARK])
+
+
+@given(st.lists(st.binary(max_size=40), max_size=5), st.binary(max_size=12), RANDOMS, MARKS)
 @examples(200)
-def test_frames(messages: list[bytes], junk: bytes, random: Random) -> None:
+def test_frames(messages: list[bytes], junk: bytes, random: Random, mark: bytes) -> None:
     """Messages, cut anywhere, and what is none behind them."""
-    stream_oracles.check_frames(messages, junk, lambda data: grammar.cuts(random, data), 64)
+    stream_oracles.check_frames(messages, junk, lambda data: grammar.cuts(random, data), 64, mark)
 
 
+@pytest.mark.parametrize("mark", [b"", MARK])
 @pytest.mark.parametrize("junk", findings.FRAMES, ids=findings.name)
-def test_frames_that_were_found(junk: bytes) -> None:
+def test_frames_that_were_found(junk: bytes, mark: bytes) -> None:
     """A length beyond the limit is told as soon as it is there, also when its bytes come one at a time."""
-    stream_oracles.check_frames([b"a"], junk, lambda data: [data[i : i + 1] for i in range(len(data))], 64)
+    stream_oracles.check_frames([b"a"], junk, lambda data: [data[i : i + 1] for i in range(len(data))], 64, mark)
 
 
 RECORDS = st.lists(

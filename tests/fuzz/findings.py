@@ -43,7 +43,7 @@ LINES = (
     b'{"target":"a","arguments":1e400}',
     b'{"target":"a","arguments":"\xff"}',
 )
-FRAMES = (b"\x7f\xff\xff\xff", b"\x00\x00\x00\x41", b"\xff\xff\xff\xff")
+FRAMES = (b"\x7f\xff\xff\xff", b"\x00\x00\x00\x41", b"\xff\xff\xff\xff", b"\x00\x00\x00\x08wkrD", b"\x00\x00\x00\x01w")
 OUTBOX = (
     b"\xff" * 4096,
     struct.pack("@QQQI", 100, 0, 1, 2**32 - 1),

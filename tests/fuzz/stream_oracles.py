@@ -141,19 +141,23 @@ def meaning(line: bytes) -> Any:
 # --- what a worker sends ----------------------------------------------------------------------------------
 
 
-def check_frames(messages: Sequence[bytes], junk: bytes, pieces: Callable[[bytes], list[bytes]], limit: int) -> None:
-    """Messages come out as they went in, however they are cut; a length that makes no sense is told at once."""
-    data = b"".join(map(frame, messages))
-    assert _read([data], limit) == (list(messages), False)
-    assert _read(pieces(data), limit) == (list(messages), False)
-    whole, failed = _read([data + junk], limit)
-    cut, cut_failed = _read(pieces(data + junk), limit)
+def check_frames(
+    messages: Sequence[bytes], junk: bytes, pieces: Callable[[bytes], list[bytes]], limit: int, mark: bytes
+) -> None:
+    """Messages come out as they went in, however they are cut; a length that makes no sense is told at once, and so
+    is what does not begin with the mark.
+    """
+    data = b"".join(frame(mark + message) for message in messages)
+    assert _read([data], limit, mark) == (list(messages), False)
+    assert _read(pieces(data), limit, mark) == (list(messages), False)
+    whole, failed = _read([data + junk], limit, mark)
+    cut, cut_failed = _read(pieces(data + junk), limit, mark)
     assert failed == cut_failed, (messages, junk)
     assert failed or whole == cut, (messages, junk)
 
 
-def _read(pieces: Sequence[bytes], limit: int) -> tuple[list[bytes], bool]:
-    reader = FrameReader(limit)
+def _read(pieces: Sequence[bytes], limit: int, mark: bytes) -> tuple[list[bytes], bool]:
+    reader = FrameReader(limit, mark)
     found: list[bytes] = []
     try:
         for piece in pieces:
