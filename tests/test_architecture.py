@@ -36,7 +36,7 @@ LAYERS: list[set[str]] = [
         "upkeep",
     },
     {
-        *("spool", "writer", "feeder", "socketfile", "metrics", "scrape", "notify"),
+        *("spool", "writer", "feeder", "session", "flow", "socketfile", "metrics", "scrape", "notify"),
         *("worker", "zygote", "forkserver", "channel", "process", "generation", "settle", "dispatcher", "pool"),
     },
     {"answer", "engine", "admission", "control", "recovery", "reporter", "daemon"},
@@ -50,6 +50,8 @@ NEIGHBOURS: dict[str, set[str]] = {
     "config": {"access"},
     "queue": {"backlog", "quotas"},
     "upkeep": {"spoolfile"},
+    "session": {"flow"},
+    "feeder": {"flow", "session"},
     "writer": {"spool"},
     "zygote": {"worker"},
     "forkserver": {"worker", "zygote"},

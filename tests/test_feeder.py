@@ -15,10 +15,12 @@ import uvloop
 from daemon_process import TIMEOUT, Client, Daemon, job, wait_until
 
 from workerd import protocol
-from workerd.feeder import Feeder, Reply
+from workerd.feeder import Feeder
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from workerd.session import Reply
 
 SOURCE = """
 import os, time
@@ -245,7 +247,7 @@ async def swarm(path: Path, clients: int, jobs: int) -> tuple[int, bool, list[in
         senders = [asyncio.create_task(client(NOOP * jobs, jobs)) for _ in range(clients)]
         await asyncio.wait_for(all_read.wait(), TIMEOUT)
         ping = await asyncio.wait_for(client(b'{"command": "ping"}\n', 1), TIMEOUT)
-        pending = feeder.pending
+        pending = feeder.flow.pending
         answer()
         received = await asyncio.wait_for(asyncio.gather(*senders), TIMEOUT)
         await feeder.close()

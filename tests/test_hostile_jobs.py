@@ -25,6 +25,12 @@ class Targets:
         if dies:
             os.kill(os.getpid(), signal.SIGKILL)
         while not os.path.exists(gate): time.sleep(0.01)
+    def wipe_claims(self, _):
+        for line in open("/proc/self/maps"):
+            if "spool.db.claims" in line:
+                begin, end = (int(part, 16) for part in line.split()[0].split("-"))
+                ctypes.memset(begin, 0, end - begin)
+        os.kill(os.getpid(), signal.SIGKILL)
     def flood(self, arguments):
         pipe, = (found for found in gc.get_objects() if isinstance(found, multiprocessing.connection.Connection))
         os.write(pipe.fileno(), b"\\x7f")  # the beginning of the length of a message of 2 GiB
@@ -64,3 +70,17 @@ def test_a_job_that_floods_its_workers_pipe(tmp_path: Path) -> None:
             daemon.wait_until(lambda status: status["jobs"]["dead"] == 1)
         assert memory.grown() < 100 * MIB
         assert daemon.run("echo", 5)["result"] == 5
+
+
+def test_a_job_that_wipes_the_claims_and_dies_is_buried(tmp_path: Path) -> None:
+    """Nothing says any more who was running: the one that the worker was given first is charged, and so the job does
+    not kill workers for ever.
+    """
+    with Daemon(tmp_path, SOURCE, workers={"count": 1}) as daemon, daemon.connect() as client:
+        client.request(job("wipe_claims", id="wiper", max_crashes=2, backoff={"base": 0, "cap": 0}))
+        client.request(job("echo", "behind", reply="result"))
+        assert client.recv()["result"] == "behind"
+        status = daemon.wait_until(lambda status: status["jobs"]["dead"] == 1)
+        assert not any(status["jobs"][state] for state in ("ready", "scheduled", "running"))
+        (dead,) = client.request({"command": "dead"})["result"]["jobs"]
+        assert (dead["id"], dead["error"]["reason"], dead["crashes"]) == ("wiper", "crashed", 2)

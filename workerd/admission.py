@@ -21,7 +21,7 @@ from workerd.job import Job, Options
 if TYPE_CHECKING:
     from workerd.access import Peer
     from workerd.engine import Engine
-    from workerd.feeder import Reply
+    from workerd.session import Reply
 
 log = logging.getLogger("workerd")
 
@@ -95,7 +95,7 @@ class Admission:
         if self.draining:
             answer.refuse_all(requests, Code.DRAINING, DRAINING)
             return
-        peer = reply.connection.peer
+        peer = reply.session.peer
         allowed = self._allowed(peer)
         room, refusal = self._room(requests, peer)
         if room < len(requests) and (batch or not room):
@@ -134,7 +134,7 @@ class Admission:
 
     def _plain_jobs(self, requests: list[protocol.PlainJob], answer: Answer, allowed: Targets, now: float) -> list[Job]:
         """The common case of `_make_jobs`, in which every line is a job and says no more than what to run."""
-        submitter = answer.reply.connection.peer.submitter
+        submitter = answer.reply.session.peer.submitter
         jobs: list[Job] = []
         seq = self.engine.next_seq
         try:
@@ -147,7 +147,7 @@ class Admission:
             return self._make_jobs([request.in_full() for request in requests], answer, allowed, now)
         wanted = [request.reply for request in requests].count("result")
         if wanted:
-            answer.reply.connection.await_result(wanted)
+            answer.reply.session.await_result(wanted)
             for job, request in zip(jobs, requests, strict=True):
                 if request.reply == "result":
                     job.waiter = answer.reply
@@ -160,7 +160,7 @@ class Admission:
     ) -> list[Job]:
         """Jobs that may be queued at once; those that must be stored before are in `answer.keyed`."""
         engine = self.engine
-        peer = answer.reply.connection.peer
+        peer = answer.reply.session.peer
         jobs: list[Job] = []
         for request in requests:
             target = allowed.get(request.target)
@@ -178,7 +178,7 @@ class Admission:
             engine.next_seq += 1
             if request.reply == "result":
                 job.waiter = answer.reply
-                answer.reply.connection.await_result(1)
+                answer.reply.session.await_result(1)
             if request.id is UNSET:
                 jobs.append(job)
             else:

@@ -11,9 +11,9 @@ from workerd.errors import Code, SpoolError
 from workerd.job import Job, State
 
 if TYPE_CHECKING:
-    from workerd.feeder import Reply
     from workerd.metrics import Metrics
     from workerd.queue import JobQueue
+    from workerd.session import Reply
     from workerd.spool import Committed
 
 
@@ -137,6 +137,7 @@ class Answer:
             self._expect_no_result(job)
         self.engine.queue.refused([job for job in lost if job.key is None])
         if self.batch:
+            self.reply.results.clear()  # of those that have run all the same: the answer is one for all of them
             self.reply.complete(protocol.refusal(Code.SPOOL_FAILED, message))
             return
         gone = {job.seq for job in lost}
@@ -152,4 +153,4 @@ class Answer:
     def _expect_no_result(self, job: Job) -> None:
         if job.waiter is not None:
             job.waiter = None
-            self.reply.connection.await_result(-1)
+            self.reply.session.await_result(-1)

@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from workerd.admission import Admission
     from workerd.config import Config
     from workerd.engine import Engine
-    from workerd.feeder import Reply
     from workerd.process import WorkerProcess
     from workerd.quotas import Stored
+    from workerd.session import Reply
     from workerd.spool import DeadJob, Spool
 
 PAGE_BYTES = 4 * 2**20  # of arguments, after which a page of dead jobs ends
@@ -61,7 +61,7 @@ class Control:
 
     def _administers(self, reply: Reply, what: str, request_id: str | None) -> bool:
         """Whether the client may do that; if not, it is told so."""
-        peer = reply.connection.peer
+        peer = reply.session.peer
         if self.admission.access.may_administer(peer):
             return True
         self.engine.metrics.rejected(Code.FORBIDDEN, 1)
@@ -137,7 +137,7 @@ class Control:
     async def _dead(self, request: protocol.Dead, reply: Reply) -> None:
         actions = {"list": self._list_dead, "retry": self._retry_dead, "delete": self._delete_dead}
         try:
-            result = await actions[request.action](request, reply.connection.peer)
+            result = await actions[request.action](request, reply.session.peer)
         except SpoolError as error:
             reply.complete(protocol.refusal(Code.SPOOL_FAILED, str(error)))
             return

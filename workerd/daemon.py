@@ -253,7 +253,7 @@ class Daemon:
                 logger.warning("[%s] %s has changed: restart for it to take effect", section, key)
         log.setup(settings.log.level)
         self._use(settings, generation)
-        self.feeder.max_line = settings.feeder.max_line
+        self.feeder.flow.max_line = settings.feeder.max_line
         self.feeder.max_connections = settings.feeder.max_connections
         self.feeder.user_connections = settings.access.user_connections
         self.metrics.config_reloaded(ok=True)

@@ -21,10 +21,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from workerd.backlog import Refill
-    from workerd.feeder import Reply
     from workerd.metrics import Metrics
     from workerd.pool import Pool
     from workerd.queue import JobQueue
+    from workerd.session import Reply
     from workerd.spool import Spool
     from workerd.writer import Writer
 
@@ -146,7 +146,7 @@ class Engine:
     def _tell(self, reply: Reply | None, lines: bytes, count: int) -> None:
         if reply is not None:
             reply.add_results(lines)
-            reply.connection.await_result(-count)
+            reply.session.await_result(-count)
 
     def output(self, worker: int, level: int, text: str, job: tuple[int, str | None, str] | None) -> None:
         extra: dict[str, object] = {"worker": worker, "event": "worker_output"}

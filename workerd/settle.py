@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import msgspec
 
 from workerd import clock, worker
-from workerd.claims import DONE, SINCE, STARTED
+from workerd.claims import DONE, REVOKED_FROM, SINCE, STARTED
 
 if TYPE_CHECKING:
     from workerd.job import Job
@@ -159,6 +159,8 @@ class Settler:
         """Settle what a dead worker held; returns the job that it took with it, if one is to be charged."""
         holder, slot = process.holder, process.slot
         started, done = slot[STARTED], slot[DONE]
+        if slot[REVOKED_FROM] == 0 and holder.batches:  # which it never is: a job has written over its worker's claims
+            started, done = holder.batches[0].first, 0
         if process.broken:
             # what it reported is lost with its pipe: all that it has begun may have ended in any way
             while charge and holder.batches and (first := holder.batches[0].first) <= started:

@@ -162,7 +162,10 @@ def serve(sock: socket.socket, claims: Claims, attributes: object, settings: wor
                 os.close(fd)
                 _send(sock, Exited(slot, reap(pid)))
                 continue
-            data, fds, _, _ = socket.recv_fds(sock, 64, 3)
+            try:
+                data, fds, _, _ = socket.recv_fds(sock, 64, 3)
+            except ConnectionResetError:  # the daemon was killed with messages of ours unread
+                data = b""
             if not data:
                 os._exit(0)
             try:

@@ -68,7 +68,7 @@ class Walk:
         self.admission = Admission(self.engine)
         self.admission.use({"noop": ("noop", Options())}, Access())
         connection = SimpleNamespace(peer=Peer(Submitter(0, 1), frozenset()))
-        self.client: Any = SimpleNamespace(connection=connection, complete=lambda _data: None)
+        self.client: Any = SimpleNamespace(session=connection, complete=lambda _data: None)
         self.settler = Settler(self.queue, self.engine)
         self.framer = Framer(2**20)
         self.process: Any = SimpleNamespace(holder=Holder(), revoked_to=0, finished=0, latest=None)
@@ -101,7 +101,7 @@ class Walk:
 
     def make(self) -> None:
         self.reply = Answer(self.engine, self.client, batch=False)
-        allowed = self.admission._allowed(self.client.connection.peer)
+        allowed = self.admission._allowed(self.client.session.peer)
         self.jobs: list[Job] = self.admission._plain_jobs(self.request.jobs, self.reply, allowed, time.time())
 
     def enter(self) -> None:

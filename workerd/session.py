@@ -1,0 +1,249 @@
+"""One client's connection: its bytes to requests, and its replies in the order of the requests.
+
+A client that does not read its replies, or that is far ahead of them, is not read from until it has caught up.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from typing import TYPE_CHECKING, cast
+
+from workerd import protocol
+from workerd.access import Peer
+from workerd.errors import Code
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from workerd.flow import Flow
+
+WRITE_HIGH = 4 * 2**20  # bytes of unread replies after which a connection is not read from
+WRITE_LIMIT = 64 * 2**20  # ... after which it is closed: results come without being asked for
+JOB_BYTES = 64  # what a job costs beyond its line, more or less: a line may be very short
+MANY = 40  # requests of one read to be answered one by one, after which the next read is a brief one
+
+SKIPPED = "unfinished lines of all clients are more than {} bytes; this one, the longest, was skipped: send it again"
+
+
+class Reply:
+    """What a chunk of requests is answered with. `results` are the lines of jobs that end before it is sent."""
+
+    __slots__ = ("data", "results", "sent", "session", "size")
+
+    def __init__(self, session: Session, size: int) -> None:
+        self.session = session
+        self.size = size  # bytes that the requests cost, more or less
+        self.data: bytes | None = None
+        self.sent = False
+        self.results: list[bytes] = []
+
+    def complete(self, data: bytes) -> None:
+        """The answer is known; it is sent as soon as its turn comes."""
+        self.data = data
+        self.session.flush()
+
+    def add_results(self, lines: bytes) -> None:
+        """Jobs of this chunk have ended; their lines follow the answer."""
+        if self.sent:
+            self.session.write(lines)
+        else:
+            self.results.append(lines)
+
+
+class Session(asyncio.BufferedProtocol):
+    """See the module.
+
+    `handle` completes each reply, now or later; `admit(self)` counts a new connection in, and says what its client is
+    told where there are too many; `forget(self)` is told that it is closed.
+    """
+
+    def __init__(
+        self,
+        flow: Flow,
+        handle: Callable[[protocol.Request, Reply], None],
+        admit: Callable[[Session], str | None],
+        forget: Callable[[Session], None],
+    ) -> None:
+        self.peer: Peer  # once the connection is made
+        self.unfinished = self.unread = 0  # see Flow
+        self._flow = flow
+        self._handle_request = handle
+        self._admit = admit
+        self._forget = forget
+        self._framer = protocol.Framer(flow.max_line)
+        self._transport: asyncio.Transport | None = None
+        self._replies: deque[Reply] = deque()
+        self._pending = 0
+        self._awaited = 0  # results that this client still waits for
+        self._brief = True  # reads little at a time: at first, and after much that needs answers one by one
+        self._resting = False  # others first: the loop would read from this one again and again
+        self._held = b""  # read, and not looked at yet
+        self._gathering = False  # the replies to a chunk go out together
+        self._paused = False
+        self._full = False
+        self._finished = False  # the client has half-closed
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = transport = cast("asyncio.Transport", transport)  # uvloop's is no subclass of it
+        transport.set_write_buffer_limits(high=WRITE_HIGH)
+        try:
+            self.peer = Peer.of(transport.get_extra_info("socket"))
+        except OSError:  # it is gone already
+            transport.abort()
+            return
+        if (full := self._admit(self)) is not None:
+            transport.write(protocol.refusal(Code.TOO_MANY_CONNECTIONS, full))
+            transport.close()
+
+    def connection_lost(self, _error: Exception | None) -> None:
+        self._transport = None
+        self._flow.settle(self._pending)
+        self._pending = 0
+        self._replies.clear()
+        self._flow.forget(self)
+        self._forget(self)
+
+    # --- in -----------------------------------------------------------------------------------------------
+
+    def get_buffer(self, _size: int) -> memoryview:
+        return self._flow.buffer(brief=self._brief)
+
+    def buffer_updated(self, size: int) -> None:
+        data = self._flow.read(size)
+        if self._flow.hold(self):
+            self._held = data
+            self._throttle()
+        else:
+            self._take(data)
+
+    def go_on(self) -> None:
+        """What was held back is looked at."""
+        data, self._held = self._held, b""
+        self._take(data)
+        if self._finished:
+            self._finish()
+
+    def _take(self, data: bytes) -> None:
+        requests = self._framer.feed(data)
+        self._brief = len(requests) > MANY
+        if self._brief:
+            self._resting = True
+            asyncio.get_running_loop().call_soon(self._rested)
+        self._flow.set_unfinished(self, self._framer.held)
+        self._handle(requests, len(data))
+
+    def _rested(self) -> None:
+        self._resting = False
+        self._throttle()
+
+    def eof_received(self) -> bool:
+        self._finished = True
+        if not self._held:
+            self._finish()
+        return True  # keep our half open: the replies still come
+
+    def _finish(self) -> None:
+        requests = self._framer.finish()
+        self._flow.set_unfinished(self, 0)
+        self._handle(requests, 0)
+        self._close_when_done()
+
+    def _handle(self, requests: list[protocol.Request], size: int) -> None:
+        self._gathering = True
+        try:
+            for request in requests:
+                if isinstance(request, protocol.Single | protocol.Batch):
+                    size += JOB_BYTES * len(request.jobs)
+                reply = Reply(self, size)
+                self._pending += size
+                self._flow.take(size)
+                size = 0
+                self._replies.append(reply)
+                self._handle_request(request, reply)
+        finally:
+            self._gathering = False
+        self.flush()
+        self._throttle()
+
+    def skip_line(self) -> None:
+        """Give up the line that has no end yet, and say so."""
+        skipped = self._framer.skip(SKIPPED.format(self._flow.most_unfinished()))
+        self._flow.set_unfinished(self, 0)
+        self._handle([skipped], 0)
+
+    # --- out ----------------------------------------------------------------------------------------------
+
+    def await_result(self, count: int) -> None:
+        """`count` result lines will come (or, negative, have come) for this client."""
+        self._awaited += count
+        if count < 0:
+            self._close_when_done()
+
+    def flush(self) -> None:
+        """Send the replies whose turn has come."""
+        if self._gathering:
+            return
+        replies = self._replies
+        lines: list[bytes] = []
+        settled = 0
+        while replies and (data := replies[0].data) is not None:
+            reply = replies.popleft()
+            reply.sent = True
+            settled += reply.size
+            lines.append(data)
+            lines += reply.results
+        if lines:
+            self._pending -= settled
+            self._flow.settle(settled)
+            self.write(b"".join(lines))
+            self._throttle()
+            self._close_when_done()
+
+    def write(self, data: bytes) -> None:
+        """Send bytes, unless the client is gone; one that lets too much pile up is cut off."""
+        if self._transport is None:
+            return
+        self._transport.write(data)
+        unread = self._transport.get_write_buffer_size()
+        if unread > WRITE_LIMIT:
+            self.cut_off()
+        elif unread or self.unread:
+            self._flow.set_unread(self, unread)
+
+    def count_unread(self) -> int:
+        """Bytes that were written, and not taken yet."""
+        return self._transport.get_write_buffer_size() if self._transport is not None else 0
+
+    def cut_off(self) -> None:
+        """Close it at once."""
+        if self._transport is not None:
+            self._transport.abort()
+            self._transport = None
+
+    def close(self) -> None:
+        """Send what is written already, then close."""
+        if self._transport is not None:
+            self._transport.close()
+
+    def _close_when_done(self) -> None:
+        if self._finished and not (self._held or self._replies) and self._awaited <= 0:
+            self.close()
+
+    # --- push back ----------------------------------------------------------------------------------------
+
+    def pause_writing(self) -> None:
+        self._full = True
+        self._throttle()
+
+    def resume_writing(self) -> None:
+        self._full = False
+        self._flow.set_unread(self, self.count_unread())
+        self._throttle()
+
+    def _throttle(self) -> None:
+        ahead = self._pending > 0 and self._flow.crowded()
+        pause = self._full or self._resting or ahead or bool(self._held)
+        if pause is not self._paused and self._transport is not None and not self._finished:
+            self._paused = pause
+            (self._transport.pause_reading if pause else self._transport.resume_reading)()
