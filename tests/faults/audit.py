@@ -120,8 +120,8 @@ class Audit:
             if why is None and run.end is not None and not run.ok and len(failed) < job.max_attempts - 1:
                 failed.append(run)
                 why = ATTEMPT
-            elif why == DAEMON:  # which may not have written of the latest failures either
-                failed = [each for each in failed if self._why_again(job, each, following.begin) != DAEMON]
+            elif why is not None:  # a daemon that went with it may not have written of the latest failures either
+                failed = [each for each in failed if not self._unwritten(job, each, following.begin)]
             if why is None:
                 found.unexplained.append(f"{named(job)}: {shown(runs)}; {self._near(run)}")
             else:
@@ -148,6 +148,16 @@ class Audit:
                 continue
             return WHY[death.what]
         return None
+
+    def _unwritten(self, job: Submitted, run: Run, before: int) -> bool:
+        """Whether a daemon died before then, and so soon after the run that it need not have written its end."""
+        return any(
+            death.what == "daemon"
+            and death.since <= before
+            and death.over >= (run.end or 0)
+            and self._soon(job, run, death)
+            for death in self.deaths
+        )
 
     def _soon(self, job: Submitted, run: Run, death: Death) -> bool:
         """Whether it came so soon after the job's end that the end may not have been known."""
