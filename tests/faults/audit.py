@@ -89,6 +89,11 @@ class Audit:
             if job and job.target in NASTY and NASTY[job.target].kills == "fork server":
                 self.deaths += [Death("fork server", run.parent, run.begin, run.begin + NASTY_KILL) for run in runs]
         self.deaths.sort(key=lambda death: death.since)
+        seen = {run.pid for runs in ledger.runs.values() for run in runs if run.end is None}
+        self.unseen = 0  # deaths that may have cut off a job before it noted anything
+        for death in self.deaths:
+            if death.what in {"fork server", "daemon"} or (death.what == "worker" and death.pid not in seen):
+                self.unseen += 1
 
     def run(self) -> Findings:
         """Look at every job."""
@@ -179,10 +184,9 @@ class Audit:
             return
         about = f"{named(job)} is dead, {told.reason}: {told.message}; {shown(runs)}"
         if told.reason == "crashed":
-            # charged once for each of its runs that some fault cut off; or before it could note its beginning
+            # charged once for each of its runs that some fault cut off, or that had not come to note its beginning
             charges = sum(self._why_again(job, run, 2**63) is not None for run in runs)
-            unseen = sum(death.what != "stop" for death in self.deaths)
-            if told.crashes > charges + unseen or (told.crashes < job.max_crashes and nasty is None):
+            if told.crashes > charges + self.unseen or (told.crashes < job.max_crashes and nasty is None):
                 self.found.innocent.append(about)
         elif told.reason == "failed" and job.target == "flaky":
             if sum(run.end is not None and not run.ok for run in runs) < told.attempts:

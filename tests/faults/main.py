@@ -92,8 +92,10 @@ def strike(c: Campaign, seconds: float) -> None:
 
 def finish(c: Campaign) -> None:
     """Audit the episode, and say at once what is wrong."""
+    began = time.monotonic()
     found = c.end()
-    done = f"episode {c.episodes}: {found.submitted:,} jobs, {found.runs:,} runs, {sum(c.injected.values()):,} faults so far"
+    took = time.monotonic() - began
+    done = f"episode {c.episodes}, drained and audited in {took:.0f} s: {found.submitted:,} jobs, {found.runs:,} runs, {sum(c.injected.values()):,} faults so far"
     print("\n".join([done, *found.bad]), file=sys.stderr, flush=True)
 
 
