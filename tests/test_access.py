@@ -223,6 +223,8 @@ def test_each_user_has_so_many_connections(tmp_path: Path) -> None:
             assert third.rest() == []
         with connect(daemon, BOB) as bob:
             assert bob.request({"command": "ping"})
+        assert 'workerd_jobs_rejected_total{reason="too_many_connections"} 1.0' in daemon.scrape()
+        assert f"denied: user {ALICE} (pid {os.getpid()}) may not have one more connection" in daemon.log
         roots = [daemon.connect() for _ in range(5)]
         assert all(root.request({"command": "ping"}) for root in roots)
         first.close()
@@ -233,6 +235,17 @@ def test_each_user_has_so_many_connections(tmp_path: Path) -> None:
 
         wait_until(room, "a closed connection makes room")
         second.close()
+
+
+@needs_root
+def test_root_comes_in_when_all_connections_are_taken(tmp_path: Path) -> None:
+    """Others may take as many as there are: whoever has to look after that is let in all the same."""
+    with open_daemon(tmp_path, feeder={"max_connections": 3}) as daemon:
+        taken = [connect(daemon, ALICE) for _ in range(3)]
+        assert all(client.request({"command": "ping"}) for client in taken)
+        with connect(daemon, BOB) as bob:
+            assert bob.recv()["error"]["code"] == "too_many_connections"
+        assert daemon.request({"command": "ping"})["result"]["state"] == "running"
 
 
 @needs_root
@@ -251,7 +264,8 @@ def test_each_user_may_queue_so_much(tmp_path: Path) -> None:
             refusal = alice.request(later)
             assert code(refusal) == "quota_exceeded"
             assert refusal["error"]["message"] == (
-                f"user {ALICE} may have no more than 5 jobs with 1000 bytes in the queue ([access]); try again later"
+                f"user {ALICE} may have no more than 5 jobs with 1000 bytes, dead ones included "
+                "([access] user_jobs, user_bytes); try again later"
             )
             assert code(bob.request(job("echo", "x" * 998, delay=3600))) == "accepted"
             assert [code(reply) for reply in bob.pipeline([job("echo", 1)] * 3)] == ["quota_exceeded"] * 3
@@ -268,11 +282,61 @@ def test_each_user_may_queue_so_much(tmp_path: Path) -> None:
                 assert alice.recv()["status"] == "succeeded"
             assert code(alice.request(job("fail", reply="result"))) == "accepted"
             assert alice.recv()["status"] == "dead"
-            assert code(alice.request(later)) == "accepted"
-            assert code(alice.request(job("fail"))) == "quota_exceeded"
-            daemon.request({"command": "dead", "action": "retry", "all": True})
+            assert code(alice.request(job("echo"))) == "quota_exceeded", "what is dead is kept, and counts"
+            assert daemon.request({"command": "dead", "action": "retry", "all": True})["result"] == {"retried": 1}
             daemon.wait_until(lambda status: status["jobs"]["dead"] == 1)
+            assert code(alice.request(job("echo"))) == "quota_exceeded"
+            assert daemon.request({"command": "dead", "action": "delete", "all": True})["result"] == {"deleted": 1}
+            assert code(alice.request(later)) == "accepted"
             assert code(alice.request(later)) == "quota_exceeded"
+
+
+@needs_root
+def test_jobs_with_ids_are_counted_as_they_come(tmp_path: Path) -> None:
+    """Many connections that send at once, before anything is stored: no more is accepted than one user may have."""
+    with open_daemon(tmp_path, access={"user_jobs": 10}) as daemon:
+        clients = [connect(daemon, ALICE) for _ in range(50)]
+        for number, client in enumerate(clients):
+            client.send(job("echo", delay=3600, id=f"{number}"))
+        assert sorted(code(client.recv()) for client in clients) == ["accepted"] * 10 + ["quota_exceeded"] * 40
+        for number, client in enumerate(clients):
+            client.send(job("echo", delay=3600, id=f"{number}"))
+            client.close()
+
+
+@needs_root
+def test_whoever_may_not_submit_cannot_keep_others_waiting(tmp_path: Path) -> None:
+    """A flood of listings of dead jobs, of which the sender has none: another one's job is acknowledged meanwhile."""
+    with open_daemon(tmp_path) as daemon:
+        with daemon.connect() as client:
+            client.pipeline(job("fail", "x" * 300) for _ in range(5000))
+        daemon.wait_until(lambda status: status["jobs"]["dead"] == 5000)
+        with connect(daemon, ALICE) as alice, connect(daemon, BOB) as bob:
+            alice.socket.settimeout(1)
+            with contextlib.suppress(TimeoutError):
+                alice.send(b'{"command":"dead"}\n' * 20_000)
+            for number in range(5):
+                assert code(bob.request(job("echo", id=f"{number}"))) == "accepted"
+            assert bob.request({"command": "dead"})["result"]["total"] == 0
+            alice.socket.setblocking(False)
+            answered = 0
+            with contextlib.suppress(BlockingIOError):
+                while data := alice.socket.recv(2**20):
+                    answered += data.count(b"\n")
+            assert answered < 10_000, "all that went before"
+
+
+@needs_root
+def test_what_others_run_is_not_told(tmp_path: Path) -> None:
+    """`status` tells the ids of running jobs to whoever submitted them, and to administrators."""
+    with open_daemon(tmp_path) as daemon, connect(daemon, ALICE) as alice, connect(daemon, BOB) as bob:
+        alice.request(job("sleep", 60, id="secret"))
+        daemon.wait_until(lambda status: status["jobs"]["running"] == 1)
+
+        def seen(client: Client) -> set[Any]:
+            return {process["job"] for process in client.request({"command": "status"})["result"]["processes"]}
+
+        assert (seen(alice), seen(bob), seen(daemon.connect())) == ({"secret", None}, {None}, {"secret", None})
 
 
 def test_quotas_come_out_even() -> None:

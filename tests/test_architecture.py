@@ -21,6 +21,7 @@ LAYERS: list[set[str]] = [
     {
         "access",
         "alarm",
+        "changes",
         "protocol",
         "config",
         "backlog",
@@ -81,7 +82,7 @@ HIGHEST_LAYER_SEEN = dict.fromkeys(("client", "connection", "lines", "pipeline",
 ALONE = {"examples"}
 
 # No clock, no sleep, no I/O: these get all they know passed in.
-PURE = {"errors", "job", "backlog", "queue", "quotas", "protocol", "frames"}
+PURE = {"errors", "job", "changes", "backlog", "queue", "quotas", "protocol", "frames"}
 IMPURE = {
     *("asyncio", "datetime", "io", "logging", "multiprocessing", "os", "pathlib", "select", "signal"),
     *("socket", "sqlite3", "subprocess", "threading", "time", "uvloop"),

@@ -16,8 +16,9 @@ from faults.powerloss import LostError, Replay, Tally
 from faults.shim import Shim, compiler
 from faults.trace import Kind, Record, read
 
+from workerd.changes import Changes
 from workerd.job import Job, Options
-from workerd.spool import Changes, Spool
+from workerd.spool import Spool
 
 if TYPE_CHECKING:
     from collections.abc import Callable

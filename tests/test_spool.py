@@ -17,9 +17,10 @@ import pytest
 from msgspec import structs
 
 from workerd import rows
+from workerd.changes import Changes, Counts
 from workerd.errors import SpoolError
 from workerd.job import Backoff, Job, Options, State, Submitter
-from workerd.spool import Changes, Counts, Spool
+from workerd.spool import Spool
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -468,21 +469,32 @@ def test_no_more_are_revived_than_there_are_seqs(spool: Spool) -> None:
 
 
 def test_a_name_that_a_client_took(spool: Spool) -> None:
-    """A job whose id a client has used for another is revived all the same."""
-    job = bury(spool)[0]
-    thief = make(spool.first_seq + 50, key=f"{spool.identity}-{job.seq:x}")
-    spool.commit(Changes(keyed=[thief]))
+    """A job whose id a client has used for another, before it was stored, is revived all the same."""
+    thief = make(spool.first_seq + 50, key=f"{spool.identity}-{spool.first_seq:x}")
+    assert spool.commit(Changes(keyed=[thief])).new == {thief.seq}
+    bury(spool)
     assert spool.revive({"target": "a"}, spool.first_seq + 1000) == {0: 1, 2: 1, 1: 1}
     assert [one.key for one in ready(spool, 0)] == [None]
+
+
+def test_the_name_of_a_job_is_known(spool: Spool) -> None:
+    """Whoever submits a job under the name that the daemon has given one, as an export does, has the same job."""
+    first = several(spool, 3)
+    spool.commit(Changes(inserts=first))
+    again = [make(spool.first_seq + 50 + i, key=f"{spool.identity}-{spool.first_seq + i:x}") for i in range(4)]
+    assert spool.commit(Changes(keyed=again)).new == {again[3].seq}
+    assert seqs(ready(spool)) == [*seqs(first), again[3].seq]
 
 
 def test_deleted_dead_jobs_leave_the_ids_of_clients(spool: Spool) -> None:
     """Deleting the dead forgets them, but an id that a client gave stays known until it is purged."""
     bury(spool)
-    assert spool.delete_dead({"target": "b"}, NOW) == 3
-    assert spool.delete_dead({"id": "four"}, NOW) == 1
-    assert spool.delete_dead({"id": "four"}, NOW) == 0
-    assert spool.delete_dead({"all": True}, NOW) == 2
+    assert spool.usage() == {-1: (3, 9), 1001: (3, 9)}
+    assert spool.delete_dead({"target": "b"}, NOW) == {1001: (3, 9)}
+    assert spool.delete_dead({"id": "four"}, NOW) == {-1: (1, 3)}
+    assert spool.delete_dead({"id": "four"}, NOW) == {}
+    assert spool.delete_dead({"all": True}, NOW) == {-1: (2, 6)}
+    assert spool.usage() == {}
     assert spool.counts() == Counts({}, 0, 0)
     assert spool.commit(Changes(keyed=[make(spool.first_seq + 60, key="five")])).new == frozenset()
     assert spool.purge(NOW + 1) == 2
@@ -647,7 +659,8 @@ COMMITTER = """
 import sys
 from pathlib import Path
 from workerd.job import Job, Options
-from workerd.spool import Changes, Spool
+from workerd.changes import Changes
+from workerd.spool import Spool
 
 spool = Spool.open(Path(sys.argv[1]))
 seq = spool.first_seq

@@ -14,10 +14,11 @@ from pathlib import Path
 import pytest
 from daemon_process import ROOT, Daemon, job
 
+from workerd.changes import Changes, Counts
 from workerd.claims import Claims
 from workerd.errors import DamagedSpoolError, SpoolError
 from workerd.job import Job, Options
-from workerd.spool import Changes, Counts, Spool
+from workerd.spool import Spool
 
 PLENTY = 2**40
 ERROR = b'{"reason":"failed","type":"ValueError","message":"no"}'
@@ -279,9 +280,23 @@ def test_jobs_of_a_damaged_spool_are_saved(path: Path) -> None:
     status, jobs, said = export(path)
     assert status == 1
     assert 19_000 < len(jobs) < 20_000
+    told = {int(str(found["id"]).rpartition("-")[2], 16) for found in jobs}
+    readable = sum(readable_by_itself(path, seq) for seq in range(min(told), max(told) + 1))
+    assert len(jobs) == readable, "all that can be read are told"
     assert len({str(found["id"]) for found in jobs}) == len(jobs)
     assert said.startswith(f"workerd: {len(jobs):,} jobs\n")
     assert 1 <= said.count("cannot be read") <= 15
+
+
+def readable_by_itself(path: Path, seq: int) -> bool:
+    db = sqlite3.connect(path)
+    try:
+        sql = "SELECT seq, key, target, options, ready_at, arguments FROM jobs NOT INDEXED WHERE seq = ?"
+        return db.execute(sql, (seq,)).fetchone() is not None
+    except sqlite3.DatabaseError:
+        return False
+    finally:
+        db.close()
 
 
 def test_an_export_can_be_submitted(tmp_path: Path) -> None:
@@ -314,6 +329,7 @@ class T:
         lines.write_text(daemon.command("export", str(aside)).stdout)
         for counted in ("2 accepted", "2 duplicate"):
             assert counted in daemon.command("submit", "--file", str(lines)).stdout
+        assert "2 duplicate" in daemon.command("submit", "--file", str(lines)).stdout
         db = sqlite3.connect(tmp_path / "spool.db")
         assert db.execute("SELECT arguments FROM jobs WHERE key = ?", (first,)).fetchone() == (
             b'{"n": 1e400, "t": "\\u00e9\xc3\xa9"}',
@@ -333,3 +349,17 @@ def test_what_is_no_spool_is_not_exported(tmp_path: Path, path: Path, old: Path)
     status, jobs, _ = export(old)
     assert [found["target"] for found in jobs] == ["one", "late"]
     assert status == 1, "the arguments of the third are no JSON"
+
+
+def test_a_log_without_its_file_is_kept(path: Path) -> None:
+    """Where somebody removed the main file, SQLite would delete the log, with acknowledged jobs in it."""
+    spool = Spool.open(path)
+    spool.commit(Changes(inserts=[Job(spool.first_seq, "target", b"1", Options(), NOW, NOW)]))
+    log = path.with_name("spool.db-wal").read_bytes()
+    path.unlink()
+    spool.close()
+    path.with_name("spool.db-wal").write_bytes(log)
+    path.unlink(missing_ok=True)
+    spool = Spool.open(path)
+    spool.close()
+    assert path.with_name("spool.db.damaged-wal").read_bytes() == log

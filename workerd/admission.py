@@ -27,7 +27,10 @@ log = logging.getLogger("workerd")
 
 UNKNOWN_TARGET = "no method of the class is called {}; the targets are {}"
 SPOOL_FULL = "{} jobs are queued and no more than {} may be ([spool] max_jobs); try again later"
-QUOTA_EXCEEDED = "user {} may have no more than {} jobs with {} bytes in the queue ([access]); try again later"
+QUOTA_EXCEEDED = (
+    "user {} may have no more than {} jobs with {} bytes, dead ones included ([access] user_jobs, user_bytes); "
+    "try again later"
+)
 DRAINING = "the daemon is stopping; send the job again when it is back"
 FORBIDDEN = "user {} may not {}; whoever administers this daemon may allow it ([access])"
 MOST_VIEWS = 1024
@@ -113,8 +116,14 @@ class Admission:
             answer.refuse_rest(requests[room:], *refusal)
         if jobs:
             self.engine.enter(jobs)  # first, so that a worker is woken while the acknowledgement is on its way
+        self.engine.queue.expect(answer.keyed)
         self.engine.writer.add(jobs, answer.keyed, answer)
         self.engine.on_change()
+
+    def no_connection(self, peer: Peer) -> None:
+        """The peer has been refused a connection."""
+        self.engine.metrics.rejected(Code.TOO_MANY_CONNECTIONS, 1)
+        self.denials.tell(peer, "have one more connection")
 
     def _room(self, requests: list[protocol.JobRequest], peer: Peer) -> tuple[int, tuple[Code, str]]:
         """How many of these there is room for, and what the others are told."""

@@ -11,10 +11,10 @@ from workerd.errors import Code, SpoolError
 from workerd.job import Job, State
 
 if TYPE_CHECKING:
+    from workerd.changes import Committed
     from workerd.metrics import Metrics
     from workerd.queue import JobQueue
     from workerd.session import Reply
-    from workerd.spool import Committed
 
 
 class Intake(Protocol):
@@ -90,6 +90,7 @@ class Answer:
 
     def committed(self, committed: Committed) -> None:
         """The writer: what was to be stored is stored."""
+        self.engine.queue.expect_no_more(self.keyed)
         for job in self.keyed:
             if job.seq not in committed.new:
                 self._expect_no_result(job)
@@ -125,6 +126,7 @@ class Answer:
 
     def refused(self, error: SpoolError) -> None:
         """The writer: nothing was stored. A job that has succeeded all the same is truly accepted."""
+        self.engine.queue.expect_no_more(self.keyed)
         message = f"the job could not be stored, so it is not accepted: {error}"
         jobs = [entry for entry in self.entries if isinstance(entry, Job)]
         lost = [job for job in jobs if job.key is not None or job.state is not State.SUCCEEDED]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
+from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
 from msgspec import UNSET, Raw, structs
@@ -21,9 +22,8 @@ if TYPE_CHECKING:
     from workerd.config import Config
     from workerd.engine import Engine
     from workerd.process import WorkerProcess
-    from workerd.quotas import Stored
+    from workerd.rows import DeadJob
     from workerd.session import Reply
-    from workerd.spool import DeadJob, Spool
 
 PAGE_BYTES = 4 * 2**20  # of arguments, after which a page of dead jobs ends
 REVIVE_JOBS = 50_000  # dead jobs that are made ready again in one transaction
@@ -40,6 +40,10 @@ class Control:
         self._state = state
         self._began = time.monotonic()
         self._reviving = asyncio.Lock()
+        self._turn = asyncio.Lock()  # one command for the spool at a time: between two of them jobs are stored
+        self._turns: defaultdict[int, asyncio.Lock] = defaultdict(
+            asyncio.Lock
+        )  # ... and, by uid, one of each user waits
 
     def handle(self, request: protocol.Request, reply: Reply) -> None:
         """Answer any request; jobs are admitted or refused."""
@@ -56,7 +60,8 @@ class Control:
                 self.engine.pool.loop.create_task(self._dead(request, reply))
         else:
             request_id = None if request.id is UNSET else request.id
-            results = {"ping": self._ping, "status": self.status, "targets": self._targets}
+            peer = reply.session.peer
+            results = {"ping": self._ping, "status": lambda: self.status(peer), "targets": self._targets}
             reply.complete(answer(request.command, results[request.command](), request_id))
 
     def _administers(self, reply: Reply, what: str, request_id: str | None) -> bool:
@@ -93,8 +98,9 @@ class Control:
             "dead": self.engine.dead,
         }
 
-    def status(self) -> dict[str, Any]:
-        """All that `workerd status` shows; see protocol.md."""
+    def status(self, peer: Peer) -> dict[str, Any]:
+        """All that `workerd status` shows this client; see protocol.md."""
+        administers = self.admission.access.may_administer(peer)
         engine = self.engine
         return {
             "version": __version__,
@@ -115,19 +121,23 @@ class Control:
                 "bytes": engine.writer.spool.size(),
                 "failing": engine.writer.failing,
             },
-            "processes": [self._process(process) for process in engine.pool.workers()],
+            "processes": [
+                self._process(process, None if administers else peer.uid) for process in engine.pool.workers()
+            ],
         }
 
-    def _process(self, process: WorkerProcess) -> dict[str, Any]:
+    def _process(self, process: WorkerProcess, uid: int | None) -> dict[str, Any]:
+        """One worker; `uid`: whose jobs may be told of, None for anybody's."""
         running = process.running()
         job = running[1] if running else None
+        told = job is not None and (uid is None or (job.submitter is not None and job.submitter.uid == uid))
         return {
             "worker": process.number,
             "pid": process.pid,
             "state": worker_state(process),
             "generation": process.generation,
             "finished": process.finished,
-            "job": self.engine.job_id(job.seq, job.key) if job else None,
+            "job": self.engine.job_id(job.seq, job.key) if job and told else None,
             "target": job.target if job else None,
             "running_for": running[2] if running else None,
         }
@@ -136,8 +146,12 @@ class Control:
 
     async def _dead(self, request: protocol.Dead, reply: Reply) -> None:
         actions = {"list": self._list_dead, "retry": self._retry_dead, "delete": self._delete_dead}
+        peer = reply.session.peer
         try:
-            result = await actions[request.action](request, reply.session.peer)
+            async with self._turns[peer.uid], self._turn:
+                if reply.session.gone():
+                    return
+                result = await actions[request.action](request, peer)
         except SpoolError as error:
             reply.complete(protocol.refusal(Code.SPOOL_FAILED, str(error)))
             return
@@ -197,15 +211,8 @@ class Control:
         queue = engine.queue
         ready: dict[int, int] = {}
         queue.backlog.freeze(first)
-
-        def revive(spool: Spool) -> tuple[dict[int, int], Stored]:
-            ready = spool.revive(selection, first, limit=limit, now=now)
-            return ready, spool.usage(first) if queue.quotas is not None else {}
-
         try:
-            ready, stored = await engine.writer.call(revive)
-            if queue.quotas is not None:
-                queue.quotas.load(stored)
+            ready = await engine.writer.call(lambda spool: spool.revive(selection, first, limit=limit, now=now))
         finally:
             queue.revived(ready)
             engine.settled()
@@ -216,7 +223,10 @@ class Control:
     async def _delete_dead(self, request: protocol.Dead, _peer: Peer) -> dict[str, Any] | None:
         now = clock.now()
         selection = structs.asdict(request)
-        count = await self.engine.writer.call(lambda spool: spool.delete_dead(selection, now))
+        deleted = await self.engine.writer.call(lambda spool: spool.delete_dead(selection, now))
+        if (quotas := self.engine.queue.quotas) is not None:
+            quotas.unload(deleted)
+        count = sum(jobs for jobs, _ in deleted.values())
         if request.id is not None and not count:
             return None
         self.engine.dead -= count

@@ -140,6 +140,7 @@ class Daemon:
         self.writer.patience = self.pool.dispatcher.patience
         self._exits.push_async_callback(self.pool.close)
         self.admission = Admission(self.engine)
+        self.feeder.on_refusal = self.admission.no_connection
         self.control = Control(self.engine, self.admission, settings, lambda: self.reporter.state)
         self.reporter.control = self.control
         generation = await self._load(settings)

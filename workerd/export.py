@@ -9,6 +9,7 @@ from __future__ import annotations
 import sqlite3
 import sys
 import time
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -22,8 +23,14 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from pathlib import Path
 
-ROWS = "SELECT seq, key, target, options, ready_at, arguments FROM jobs NOT INDEXED WHERE seq > ? AND state IN ({}) "
+ROWS = (
+    "SELECT seq, key, target, options, ready_at, arguments FROM jobs NOT INDEXED "
+    "WHERE seq >= ? AND state IN ({}) ORDER BY seq LIMIT {}"
+)
+PAGE = 1000  # rows that are read at a time: a file in use cannot be tidied up while somebody reads
 LIVING = (State.READY, State.SCHEDULED)
+
+Row = tuple[Any, ...]
 
 
 class Reader:
@@ -32,25 +39,34 @@ class Reader:
     def __init__(self, db: sqlite3.Connection, states: Sequence[State]) -> None:
         self.gaps: list[tuple[int, int]] = []
         self._db = db
-        self._sql = ROWS.format(",".join(str(int(state)) for state in states)) + "ORDER BY seq"
+        self._states = ",".join(str(int(state)) for state in states)
 
-    def rows(self) -> Iterator[tuple[Any, ...]]:
-        """All that can be read."""
-        at = -1
-        last = self._last()
-        while True:
-            try:
-                for row in self._db.execute(self._sql, (at,)):
-                    yield row
-                    at = row[0]
-            except sqlite3.DatabaseError:
-                beyond = self._beyond(at, last)
-                self.gaps.append((at, beyond))
-                at = beyond - 1
-                if at >= last:
-                    return
-            else:
+    def rows(self) -> Iterator[Row]:
+        """All that can be read, each seq once."""
+        at, last = -1, self._last()
+        while at < last:
+            page = self._page(at)
+            if page is not None and not page:
                 return
+            if page is None:  # damage is near: row by row up to it, and on behind it
+                page = self._page(at, 1)
+                if page is None:
+                    beyond = self._beyond(at, last)
+                    self.gaps.append((at, beyond))
+                    at = beyond - 1
+                    continue
+            for row in page:
+                yield row
+                at = row[0]
+
+    def _page(self, at: int, limit: int = PAGE) -> list[Row] | None:
+        """The rows that follow `at`; None where they cannot be read, or have numbers that cannot be."""
+        try:
+            rows = self._db.execute(ROWS.format(self._states, limit), (at + 1,)).fetchall()
+        except sqlite3.DatabaseError:
+            return None
+        seqs = [at, *(row[0] for row in rows)]
+        return rows if all(before < after for before, after in pairwise(seqs)) else None
 
     def _last(self) -> int:
         try:
@@ -59,16 +75,16 @@ class Reader:
             return 2**62
 
     def _beyond(self, at: int, last: int) -> int:
-        """A seq behind the damage that follows `at`, from which on there are rows, or one after the last."""
+        """The seq of the first row behind the damage that follows `at`, or one after the last."""
         step = 1
-        while (begin := at + step) <= last:
-            try:
-                found = self._db.execute(self._sql + " LIMIT 1", (begin,)).fetchone()
-            except sqlite3.DatabaseError:
-                step *= 2
-            else:
-                return int(found[0]) if found else last + 1
-        return last + 1
+        while at + step < last and self._page(at + step, 1) is None:
+            step *= 2
+        bad, good = at + step // 2, min(at + step, last)
+        while good - bad > 1:
+            middle = (bad + good) // 2
+            bad, good = (middle, good) if self._page(middle, 1) is None else (bad, middle)
+        found = self._page(good, 1)
+        return int(found[0][0]) if found else last + 1
 
 
 def export(path: Path, *, dead: bool) -> Exit:

@@ -15,9 +15,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from workerd import protocol
+    from workerd.access import Peer
     from workerd.session import Reply
 
 BACKLOG = 4096
+RESERVED = 8  # connections beyond the limit, for root and the daemon's own user
 
 FULL = "{} clients are connected already ([feeder] max_connections); try again later"
 USER_FULL = "user {} has {} connections already ([access] user_connections); close one, or try again later"
@@ -30,6 +32,7 @@ class Feeder:
         self.flow = Flow(max_line)
         self.max_connections = max_connections
         self.user_connections = user_connections
+        self.on_refusal: Callable[[Peer], None] = lambda _peer: None
         self._sessions: set[Session] = set()
         self._users: Counter[int] = Counter()
         self._all_closed = asyncio.Event()
@@ -45,15 +48,22 @@ class Feeder:
         )
 
     def _admit(self, session: Session) -> str | None:
-        if len(self._sessions) >= self.max_connections:
-            return FULL.format(self.max_connections)
+        peer, trusted = session.peer, session.peer.trusted()
+        if 0 < self.user_connections <= self._users[peer.uid] and not trusted:
+            full = USER_FULL.format(peer.uid, self.user_connections)
+        elif len(self._sessions) >= self.max_connections + (RESERVED if trusted else 0):
+            full = FULL.format(self.max_connections)
+        else:
+            self._enter(session)
+            return None
+        self.on_refusal(peer)
+        return full
+
+    def _enter(self, session: Session) -> None:
         peer = session.peer
-        if 0 < self.user_connections <= self._users[peer.uid] and not peer.trusted():
-            return USER_FULL.format(peer.uid, self.user_connections)
         self._sessions.add(session)
         self.flow.clients.add(session)
         self._users[peer.uid] += 1
-        return None
 
     def _forget(self, session: Session) -> None:
         if session not in self._sessions:

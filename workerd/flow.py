@@ -7,8 +7,11 @@ have: requests that wait for their replies, lines that have no end yet, and repl
 from __future__ import annotations
 
 import asyncio
-from collections import deque
-from typing import Protocol
+from collections import Counter, deque
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 READ_BYTES = 2**18  # bytes that are read from a connection at once
 BRIEF_BYTES = 2**10  # ... from one of which little is known, or that asks for much in few bytes
@@ -24,6 +27,10 @@ class Client(Protocol):
 
     unfinished: int
     unread: int
+
+    @property
+    def uid(self) -> int:
+        """Whose it is."""
 
     def skip_line(self) -> None:
         """Give up the line that has no end yet."""
@@ -103,26 +110,34 @@ class Flow:
         return max(UNFINISHED_BYTES, self.max_line)
 
     def set_unfinished(self, client: Client, size: int) -> None:
-        """The client's line without an end has so many bytes now. The longest of all has to go if it is too much."""
+        """The client's line without an end has so many bytes now. The longest has to go if all are too much."""
         self._unfinished += size - client.unfinished
         client.unfinished = size
         while self._unfinished > self.most_unfinished():
-            max(self.clients, key=lambda client: client.unfinished).skip_line()
+            self._most(lambda client: client.unfinished).skip_line()
 
     def set_unread(self, client: Client, size: int) -> None:
-        """So many bytes wait for the client to read them. Who has most of them is cut off if it is too much."""
+        """So many bytes wait for the client to read them. Who has most is cut off if it is too much."""
         self._note_unread(client, size)
         if self._unread > UNREAD_BYTES:
             for other in self.clients:
                 self._note_unread(other, other.count_unread())
         while self._unread > UNREAD_BYTES:
-            most = max(self.clients, key=lambda client: client.unread)
+            most = self._most(lambda client: client.unread)
             most.cut_off()
             self._note_unread(most, 0)
 
     def _note_unread(self, client: Client, size: int) -> None:
         self._unread += size - client.unread
         client.unread = size
+
+    def _most(self, size: Callable[[Client], int]) -> Client:
+        """Who has most, of the user who has most: others must not suffer for one."""
+        users: Counter[int] = Counter()
+        for client in self.clients:
+            users[client.uid] += size(client)
+        ((worst, _),) = users.most_common(1)
+        return max((client for client in self.clients if client.uid == worst), key=size)
 
     def forget(self, client: Client) -> None:
         """It is closed."""

@@ -97,11 +97,21 @@ class JobQueue:
         """How many more jobs may be accepted under `max_jobs`."""
         return max(0, self.max_jobs - self.total)
 
-    def enter(self, jobs: Sequence[Job]) -> None:
-        """Take in accepted jobs."""
+    def expect(self, jobs: Sequence[Job]) -> None:
+        """These may be accepted: there is no room for others in their place."""
         self.total += len(jobs)
         if self.quotas is not None:
             self.quotas.add(jobs)
+
+    def expect_no_more(self, jobs: Sequence[Job]) -> None:
+        """It is known by now which of them are; those enter next."""
+        self.total -= len(jobs)
+        if self.quotas is not None:
+            self.quotas.remove(jobs)
+
+    def enter(self, jobs: Sequence[Job]) -> None:
+        """Take in accepted jobs."""
+        self.expect(jobs)
         self.backlog.enter(jobs)
         if jobs and ((priority := jobs[0].options.priority) <= self.came or self.less_urgent >= BATCH_JOBS):
             self.came, self.less_urgent = priority, SMALL_BATCH
@@ -248,6 +258,4 @@ class JobQueue:
     def _bury(self, job: Job) -> State:
         job.become(State.DEAD)
         self.total -= 1
-        if self.quotas is not None:
-            self.quotas.remove([job])
         return State.DEAD

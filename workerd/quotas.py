@@ -1,4 +1,4 @@
-"""What each user has queued, and how much of it a user may. Pure state; what is counted, and when, is the queue's."""
+"""What each user has in the spool, dead jobs too, and how much of it a user may. Pure state; the queue says when."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ UNKNOWN = -1  # the user of jobs of whom nothing is known
 
 
 class Usage(Struct):
-    """Jobs that have not ended, and the bytes of their arguments."""
+    """Jobs that have not succeeded, and the bytes of their arguments."""
 
     jobs: int = 0
     bytes: int = 0
@@ -48,20 +48,28 @@ class Quotas:
             usage.bytes += len(job.arguments)
 
     def remove(self, jobs: Iterable[Job]) -> None:
-        """These have ended, or are withdrawn."""
+        """These have succeeded, or are withdrawn."""
         for job in jobs:
-            usage = self.users[_owner(job)]
-            usage.jobs -= 1
-            usage.bytes -= len(job.arguments)
-            if not usage.jobs:
-                del self.users[_owner(job)]
+            self._take(_owner(job), 1, len(job.arguments))
 
     def load(self, stored: Stored) -> None:
-        """These are queued, too, and come from the spool one day."""
+        """These are in the spool already."""
         for uid, (jobs, size) in stored.items():
             usage = self.users.setdefault(uid, Usage())
             usage.jobs += jobs
             usage.bytes += size
+
+    def unload(self, deleted: Stored) -> None:
+        """These were deleted from it."""
+        for uid, (jobs, size) in deleted.items():
+            self._take(uid, jobs, size)
+
+    def _take(self, uid: int, jobs: int, size: int) -> None:
+        usage = self.users[uid]
+        usage.jobs -= jobs
+        usage.bytes -= size
+        if not usage.jobs:
+            del self.users[uid]
 
 
 def _owner(job: Job) -> int:

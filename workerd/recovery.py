@@ -6,9 +6,10 @@ import logging
 from typing import TYPE_CHECKING
 
 from workerd import clock
+from workerd.changes import Changes
 from workerd.claims import Claims
 from workerd.errors import DamagedSpoolError
-from workerd.spool import Changes, Spool
+from workerd.spool import Spool
 from workerd.spoolfile import CLAIMS, beside
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ def open_spool(path: Path | None, queue: JobQueue) -> tuple[Spool, Claims, int]:
 
     Blocks; raises SpoolError and OSError.
     """
+    path = path and path.resolve()  # what is put beside it belongs beside the file, not beside a link to it
     for attempt in (1, 2, 3):
         spool = Spool.open(path)
         try:
@@ -53,9 +55,10 @@ def recover(spool: Spool, claims: Claims, queue: JobQueue) -> int:
         spool.commit(Changes(buried=[(job, DAEMON_KILLED, now) for job in doomed]))
     claims.clear()
     counts = spool.counts()
-    queue.recover(counts.ready, counts.scheduled)
+    usage = spool.usage() if queue.quotas is not None else {}
+    queue.recover(counts.ready, counts.scheduled)  # nothing fails from here on: another spool would be counted, too
     if queue.quotas is not None:
-        queue.quotas.load(spool.usage())
+        queue.quotas.load(usage)
     if interrupted:
         logger.warning("%d jobs were interrupted when the daemon was killed", len(interrupted))
     return counts.dead

@@ -82,7 +82,7 @@ FROM jobs WHERE seq {LISTED}
 """
 USAGE = f"""
 SELECT coalesce(uid, {NOBODY}), count(*), coalesce(sum(length(arguments)), 0) FROM jobs
-WHERE state IN (0, 1) AND seq >= ? GROUP BY uid
+WHERE {{chosen}} GROUP BY uid
 """
 PEEK = "SELECT json_group_array(json_array(seq, size)) FROM (SELECT seq, length(arguments) AS size FROM jobs "
 PEEK_READY = f"{PEEK} WHERE state = 0 AND priority = ? AND seq > ? ORDER BY seq LIMIT ?)"

@@ -96,6 +96,10 @@ class Session(asyncio.BufferedProtocol):
             transport.write(protocol.refusal(Code.TOO_MANY_CONNECTIONS, full))
             transport.close()
 
+    @property
+    def uid(self) -> int:
+        return self.peer.uid
+
     def connection_lost(self, _error: Exception | None) -> None:
         self._transport = None
         self._flow.settle(self._pending)
@@ -220,6 +224,10 @@ class Session(asyncio.BufferedProtocol):
         if self._transport is not None:
             self._transport.abort()
             self._transport = None
+
+    def gone(self) -> bool:
+        """Whether nobody can be told anything any more."""
+        return self._transport is None
 
     def close(self) -> None:
         """Send what is written already, then close."""

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from workerd import rows, upkeep
+from workerd.changes import Changes, Committed, Counts, Usage
 from workerd.errors import DamagedSpoolError, SpoolError
-from workerd.job import Job
 from workerd.rows import DeadJob, as_json, packed, unpacked
 from workerd.spoolfile import begin, connect, explained, lock, sync_folder
 
@@ -25,39 +25,11 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
-__all__ = ["Changes", "Committed", "Counts", "DeadJob", "Spool"]
+    from workerd.job import Job
 
 EPOCH_BITS = 40  # the seqs of one opening
 PURGE_ROWS = 10_000
 VACUUM_PAGES = 4096
-
-
-class Changes(msgspec.Struct):
-    """One transaction's worth, applied in this order. A job may be in several lists."""
-
-    inserts: list[Job] = []  # new, without a client's id
-    keyed: list[Job] = []  # with one; not stored if the id is known
-    updates: list[Job] = []  # new numbers of attempts and crashes, new ready_at; inserted if they are not there
-    buried: list[tuple[Job, bytes, float]] = []  # (job, error as JSON, ended); inserted if they are not there
-    succeeded: list[tuple[int, float]] = []  # (seq, ended) of jobs with a client's id, which stays known
-    deletes: list[int] = []  # seqs of jobs that are over without a trace
-
-    def __bool__(self) -> bool:
-        return any((self.inserts, self.keyed, self.updates, self.buried, self.succeeded, self.deletes))
-
-
-class Committed(msgspec.Struct, frozen=True):
-    """`new`: the seqs of those keyed jobs that were stored; the ids of the others were known."""
-
-    new: frozenset[int]
-
-
-class Counts(msgspec.Struct, frozen=True):
-    """What the spool holds: ready jobs of each priority, scheduled and dead ones."""
-
-    ready: dict[int, int]
-    scheduled: int
-    dead: int
 
 
 class Spool:
@@ -126,9 +98,9 @@ class Spool:
         new: frozenset[int] = frozenset()
         with self._transaction():
             self._insert(rows.INSERT, changes.inserts)
-            if changes.keyed:
-                seqs = [job.seq for job in changes.keyed]
-                if self._insert(rows.INSERT_NEW, changes.keyed) < len(seqs):
+            if keyed := [job for job in changes.keyed if not self._is_named(job.key or "")]:
+                seqs = [job.seq for job in keyed]
+                if self._insert(rows.INSERT_NEW, keyed) < len(seqs):
                     seqs = self._seqs(f"SELECT seq FROM jobs WHERE seq {rows.LISTED}", {"seqs": as_json(seqs)})
                 new = frozenset(seqs)
             self._insert(rows.UPSERT, changes.updates)
@@ -159,11 +131,10 @@ class Spool:
                 dead=self._one("SELECT count(*) FROM jobs WHERE state = 4"),
             )
 
-    def usage(self, first_seq: int = 0) -> dict[int, tuple[int, int]]:
-        """Jobs that have not ended, and the bytes of their arguments, by user (-1: unknown); from a seq on."""
+    def usage(self) -> Usage:
+        """Jobs that wait or are dead, and the bytes of their arguments, by user (-1: unknown)."""
         with self._reading():
-            found = self._db.execute(rows.USAGE, (first_seq,)).fetchall()
-            return {uid: (jobs, size) for uid, jobs, size in found}
+            return self._usage("state IN (0, 1, 4)", {})
 
     def refill_ready(self, priority: int, after_seq: int, limit: int, max_bytes: int) -> list[Job]:
         """The next ready jobs by seq; the last is the one whose arguments pass `max_bytes`, if one does."""
@@ -214,15 +185,16 @@ class Spool:
             counted = "SELECT priority, count(*) FROM jobs WHERE seq BETWEEN :first AND :last GROUP BY priority"
             return dict(self._db.execute(counted, values).fetchall())
 
-    def delete_dead(self, selection: Mapping[str, Any], now: float) -> int:
-        """Delete dead jobs; an id that a client gave stays known. Returns how many."""
+    def delete_dead(self, selection: Mapping[str, Any], now: float) -> Usage:
+        """Delete dead jobs; an id that a client gave stays known. Returns how many, and their bytes, by user."""
         chosen, values = self._chosen(selection)
         values["now"] = now
         kept = "UPDATE jobs SET state = 3, ended = :now, arguments = NULL, error = NULL"
         with self._transaction():
-            gone = self._db.execute(f"DELETE FROM jobs WHERE state = 4 AND key IS NULL AND {chosen}", values)
-            kept_ids = self._db.execute(f"{kept} WHERE state = 4 AND {chosen}", values)
-            return gone.rowcount + kept_ids.rowcount
+            deleted = self._usage(f"state = 4 AND {chosen}", values)
+            self._db.execute(f"DELETE FROM jobs WHERE state = 4 AND key IS NULL AND {chosen}", values)
+            self._db.execute(f"{kept} WHERE state = 4 AND {chosen}", values)
+        return deleted
 
     def purge(self, before: float) -> int:
         """Forget ids of jobs that ended earlier, so many at a time; returns how many: call again until 0."""
@@ -237,6 +209,15 @@ class Spool:
         return purged
 
     # --- inside -------------------------------------------------------------------------------------------
+
+    def _is_named(self, key: str) -> bool:
+        """Whether there is a job that the daemon itself has given this name."""
+        seq = self.seq_of(key) if key.startswith(self.identity) else None
+        return seq is not None and bool(self._one("SELECT count(*) FROM jobs WHERE seq = ? AND key IS NULL", (seq,)))
+
+    def _usage(self, chosen: str, values: Mapping[str, Any]) -> Usage:
+        found = self._db.execute(rows.USAGE.format(chosen=chosen), values).fetchall()
+        return {uid: (jobs, size) for uid, jobs, size in found}
 
     def _one(self, sql: str, values: Any = ()) -> Any:
         return self._db.execute(sql, values).fetchone()[0]

@@ -33,6 +33,7 @@ CREATE INDEX ready ON jobs (priority, seq) WHERE state = 0;
 CREATE INDEX scheduled ON jobs (ready_at, seq) WHERE state = 1;
 CREATE INDEX ended ON jobs (ended) WHERE state = 3;
 CREATE INDEX dead ON jobs (seq) WHERE state = 4;
+CREATE INDEX dead_of ON jobs (uid, seq) WHERE state = 4;
 """
 
 SETTINGS = (

@@ -83,10 +83,11 @@ def examine(path: Path) -> str | None:
 
 
 def _open(path: Path) -> tuple[sqlite3.Connection, dict[str, Any]]:
-    used = beside(path, CLAIMS).exists()
-    with contextlib.suppress(FileNotFoundError):
-        if used and not path.stat().st_size:
-            put_aside(path, "it is empty, although it has been used")
+    size = path.stat().st_size if path.exists() else -1
+    if size == 0 and beside(path, CLAIMS).exists():
+        put_aside(path, "it is empty, although it has been used")
+    if size < 0 and path.with_name(path.name + LOG).exists():  # which SQLite would delete
+        put_aside(path, "it is gone, but for its log")
     os.close(os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600))
     with contextlib.closing(connect(str(path))) as db:
         version = check(db, path)

@@ -18,9 +18,9 @@ from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from workerd.alarm import Alarm
+from workerd.changes import Changes, Committed
 from workerd.errors import DamagedSpoolError, SpoolError
 from workerd.job import Job, State
-from workerd.spool import Changes, Committed
 
 if TYPE_CHECKING:
     from collections.abc import Callable
