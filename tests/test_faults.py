@@ -10,7 +10,7 @@ import sys
 from typing import TYPE_CHECKING
 
 import pytest
-from daemon_process import wait_until
+from daemon_process import Daemon, job, wait_until
 from faults.audit import Audit, Findings, Told
 from faults.campaign import FAULTS, Campaign
 from faults.jobs import ACCEPTED, REFUSED, Jobs
@@ -19,6 +19,7 @@ from faults.nasty import NASTY
 from faults.page import WORKER
 from faults.points import MODULES, all_points
 from faults.service import Death, Pause
+from faults.shim import Call, Shim
 from faults.walk import Walk
 
 if TYPE_CHECKING:
@@ -26,7 +27,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 SEED = 20
-STATEMENTS = 25
+STATEMENTS = 20
+KILLS = 25
 HALF_A_MESSAGE = "half_a_message"
 
 
@@ -79,6 +81,33 @@ def test_a_sample_of_statements(tmp_path: Path) -> None:
         found = campaign.end()
         assert found.bad == []
         assert len(campaign.service.hit) > STATEMENTS / 2, walk.lines()
+
+
+def test_workers_that_are_killed_amid_their_jobs(tmp_path: Path) -> None:
+    """SIGKILL at statements of workers, most of them with jobs behind them that they have not reported: those do not
+    run again, whatever was in the middle of being said.
+    """
+    with Campaign(tmp_path, SEED) as campaign:
+        campaign.begin()
+        for _ in range(KILLS):
+            campaign.inject("statement of a worker: SIGKILL")
+        assert campaign.end().bad == []
+        assert len(campaign.service.hit) > 3
+
+
+def test_a_refused_batch_has_no_results(tmp_path: Path) -> None:
+    """The disk refuses a batch, one job of which has ended meanwhile: there is the error, and no line that belongs to
+    an id which nobody was told.
+    """
+    shim = Shim(tmp_path, tmp_path / "spool.db")
+    source = "class T:\n    def echo(self, a): return a\n"
+    with Daemon(tmp_path, source, environment=shim.environment()) as daemon, daemon.connect() as client:
+        daemon.run("echo")  # a known target
+        with shim.failing(Call.SYNC):
+            shim.stall(0.2)  # the other job ends before the disk refuses
+            client.send([job("echo", 1, id="own", reply="result"), job("echo", 2, reply="result")])
+            client.finish()
+            assert [line["error"]["code"] for line in client.rest()] == ["spool_failed"]
 
 
 def test_a_fault_point_is_at_every_statement_and_off_by_default(tmp_path: Path) -> None:

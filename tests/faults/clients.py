@@ -70,7 +70,7 @@ class Submitter(threading.Thread):
         return 0.0
 
     def _chunk(self) -> list[Submitted]:
-        count = self._random.choice((1, 1, 5, 20, 100))
+        count = self._random.choice((1, 1, 5, 20, 100, 400))
         chunk = [self._again.popleft() for _ in range(min(count, len(self._again)))]
         chunk += [self.extra.popleft() for _ in range(len(self.extra))]
         if not self._finishing.is_set():

@@ -22,7 +22,7 @@ from faults.campaign import Campaign  # noqa: E402 - likewise
 from faults.soak import Series, soak  # noqa: E402 - likewise
 from faults.walk import Walk  # noqa: E402 - likewise
 
-SHARES = {"walk": 0.4, "strike": 0.35, "soak": 0.25}  # of the time
+SHARES = {"walk": 0.5, "strike": 0.3, "soak": 0.2}  # of the time
 EPISODE = 45.0  # seconds between two audits
 
 
