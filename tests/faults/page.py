@@ -20,7 +20,7 @@ ROLES = {DAEMON: "daemon", FORK_SERVER: "fork server", WORKER: "worker"}
 OFF, COVER, ARMED = range(3)  # in MODE
 MODE, ROLE, POINT, COUNTDOWN, SIGNAL = range(5)  # words
 POINTS = 2**14
-_RECORDS, _RECORD = 8, 4  # where the records are: point, CLOCK_MONOTONIC in ns, pid, role
+_RECORDS, _RECORD = 8, 5  # where the records are: point, CLOCK_MONOTONIC in ns, pid, role, signal
 _SLOTS = 64
 _COVERED = 4096  # byte from which on there is one for each point, by role
 SIZE = _COVERED + 4 * POINTS
@@ -33,6 +33,7 @@ class Hit(NamedTuple):
     at: int  # CLOCK_MONOTONIC in ns
     pid: int
     role: int
+    signal: int
 
 
 class Page:
@@ -62,9 +63,10 @@ class Page:
         words[MODE] = OFF
         pid = os.getpid()
         at = _RECORDS + _RECORD * (pid % _SLOTS)
-        words[at + 1], words[at + 2], words[at + 3] = time.monotonic_ns(), pid, role
+        number = words[SIGNAL]
+        words[at + 1], words[at + 2], words[at + 3], words[at + 4] = time.monotonic_ns(), pid, role, number
         words[at] = point
-        os.kill(pid, words[SIGNAL])
+        os.kill(pid, number)
 
     # --- in the campaign ------------------------------------------------------------------------------------
 

@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
@@ -54,6 +55,15 @@ class Pause(NamedTuple):
     until: int
 
 
+def stopped(process: Process) -> bool:
+    """Whether it stands still, or is gone: who has noted that it reached a point has not sent itself the signal yet."""
+    try:
+        state = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+    return state in "TZX" or not process.alive
+
+
 class Family(NamedTuple):
     """The processes of the daemon that runs now."""
 
@@ -83,7 +93,6 @@ class Service:
         }
         self.shim = Shim(folder, folder / "spool.db")
         self.daemon = Daemon(folder, GOOD, environment=self.shim.environment(**own), start=False, **SECTIONS)
-        self._signal = signal.SIGKILL
         self._killed: dict[int, int] = {}  # pids that we killed, and when
         self._sent: dict[int, dict[int, int]] = {}  # other signals that they were sent, and when
         self._stopping: dict[int, int] = {}  # ... that we asked to stop
@@ -193,7 +202,6 @@ class Service:
 
     def arm(self, role: int, number: signal.Signals, point: int = 0, countdown: int = 1) -> None:
         """See Page.arm."""
-        self._signal = number
         self.page.arm(role, number, point, countdown)
 
     def take_hits(self, pause: float = 0.0) -> int:
@@ -203,9 +211,10 @@ class Service:
             for hit in hits:
                 self.hit.add((hit.role, hit.point))
                 process = Process.of(hit.pid)
-                if self._signal == signal.SIGKILL:
+                if hit.signal == signal.SIGKILL:
                     self.deaths.append(Death(ROLES[hit.role], hit.pid, hit.at, time.monotonic_ns()))
                 elif process is not None:
+                    wait_until(partial(stopped, process), "it has stopped, as it was about to")
                     time.sleep(pause)
                     process.kill(signal.SIGCONT)
                     self.pauses.append(Pause(hit.at, time.monotonic_ns()))
