@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 FAULTS = PROCESSES | DISK
+LARGE = 500 * 2**20  # bytes of a result
 RATES = (150.0, 100.0, 60.0)  # jobs a second of each client
 DRAINED_WITHIN = 120.0  # seconds in which all that is left must have run
 FRAME = re.compile(r'^  File ".*?/workerd/(\w+)\.py"', re.MULTILINE)
@@ -92,7 +93,9 @@ class Campaign:
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             if self.random.random() < 0.5:
-                self.nasty(self.random.choice(list(NASTY)))
+                target = self.random.choice(list(NASTY))
+                large = target == "return_large" and self.random.random() < 0.3
+                self.nasty(target, **({"bytes": LARGE} if large else {}))
             self.inject(self.any_fault())
             time.sleep(self.random.random() * 0.3)
 
