@@ -13,9 +13,9 @@ import pytest
 from daemon_process import Daemon, job, wait_until
 from faults.audit import Audit, Findings, Told
 from faults.campaign import FAULTS, Campaign
+from faults.endings import NASTY
 from faults.jobs import ACCEPTED, REFUSED, Jobs
 from faults.ledger import Ledger
-from faults.nasty import NASTY
 from faults.page import WORKER
 from faults.points import MODULES, all_points
 from faults.service import Death, Pause

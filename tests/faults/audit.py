@@ -6,8 +6,8 @@ from collections import Counter
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from faults.endings import NASTY
 from faults.jobs import ACCEPTED, REFUSED
-from faults.nasty import NASTY
 from faults.service import Death, Pause
 
 if TYPE_CHECKING:

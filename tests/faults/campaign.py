@@ -15,10 +15,11 @@ from daemon_process import wait_until
 from faults.audit import Audit, Findings, Told, named, shown, told
 from faults.clients import Submitter
 from faults.disk_injections import DISK
+from faults.endings import NASTY
 from faults.injections import PROCESSES, Context
 from faults.jobs import Jobs
 from faults.ledger import Ledger
-from faults.nasty import NASTY, OUTLIVES
+from faults.nasty import OUTLIVES
 from faults.service import PATIENCE, Service
 
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from typing import TYPE_CHECKING, Any
 
-from faults.nasty import NASTY
+from faults.endings import NASTY
 
 if TYPE_CHECKING:
     import random

@@ -1,4 +1,4 @@
-"""Jobs that do to their worker whatever a job can do. Each may cost that worker, and is to be charged for it itself."""
+"""Jobs that do to their worker whatever a job can do. Each may cost that worker, and is to be charged for it itself: see endings."""
 
 from __future__ import annotations
 
@@ -13,69 +13,13 @@ import sys
 import tempfile
 import threading
 import time
-from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator
 
 OUTLIVES = 2.0  # seconds for which what a job leaves behind goes on
 HANGS = 600.0  # seconds; whoever hangs is to be killed
-
-
-class Nasty(NamedTuple):
-    """How jobs of a target may end, in the words of a dead job's reason, or `succeeded`; and what they are given."""
-
-    endings: tuple[str, ...]
-    options: Mapping[str, Any] = MappingProxyType({})
-    kills: str = ""  # whom the job kills: its "worker", or the "fork server", or nobody
-
-
-CRASH = ("crashed",)
-FAIL = ("failed",)
-DONE = ("succeeded",)
-ANY = ("succeeded", "failed", "crashed")
-NASTY = {
-    "segfault": Nasty(CRASH, {"max_crashes": 2}, "worker"),
-    "abort": Nasty(CRASH, {"max_crashes": 1}, "worker"),
-    "leave": Nasty(CRASH, {"max_crashes": 1}, "worker"),
-    "kill_self": Nasty(CRASH, {"max_crashes": 2}, "worker"),
-    "kill_group": Nasty(CRASH, {"max_crashes": 1}, "worker"),
-    "kill_parent": Nasty(CRASH, {"max_crashes": 1}, "fork server"),
-    "grandchild": Nasty(DONE),
-    "grandchild_session": Nasty(DONE),
-    "grandchild_and_die": Nasty(CRASH, {"max_crashes": 1}, "worker"),
-    "come_back_twice": Nasty(DONE),
-    "close_all": Nasty(("succeeded", "crashed"), {"max_crashes": 1}, "worker"),
-    "close_all_and_raise": Nasty(("failed", "crashed"), {"max_crashes": 1}, "worker"),
-    "flood_print": Nasty(DONE),
-    "flood_error": Nasty(DONE),
-    "flood_descriptor": Nasty(DONE),
-    "raise_exit": Nasty(FAIL),
-    "raise_interrupt": Nasty(FAIL),
-    "raise_base": Nasty(FAIL),
-    "raise_generator_exit": Nasty(FAIL),
-    "raise_unprintable": Nasty(FAIL),
-    "return_unjsonable": Nasty(("failed", "succeeded"), {"reply": "result"}),
-    "return_surrogate": Nasty(("failed", "succeeded"), {"reply": "result"}),
-    "return_large": Nasty(("failed", "succeeded"), {"reply": "result"}),
-    "block_signals": Nasty(("timed_out",), {"timeout": 0.3}, "worker"),
-    "ignore_timeout": Nasty(("timed_out",), {"timeout": 0.3}, "worker"),
-    "time_out": Nasty(("timed_out",), {"timeout": 0.2}),
-    "change_folder": Nasty(DONE),
-    "change_umask": Nasty(DONE),
-    "limit_descriptors": Nasty(DONE),
-    "limit_memory": Nasty(("succeeded", "failed")),  # as another job's limit on descriptors lets it
-    "limit_cpu": Nasty(DONE),
-    "eat_memory": Nasty(FAIL),
-    "garbage": Nasty(ANY, {"max_crashes": 1}, "worker"),
-    "garbage_and_wait": Nasty(("crashed", "failed"), {"max_crashes": 1}, "worker"),
-    "half_a_message": Nasty(ANY, {"max_crashes": 1}, "worker"),
-    "recurse": Nasty(("failed", "crashed"), {"max_crashes": 1}, "worker"),
-    "leave_threads": Nasty(("succeeded", "failed")),
-    "ignore_signals": Nasty(DONE),
-    "swallow_interrupts": Nasty(DONE),
-}
 
 
 class NastyTargets:
