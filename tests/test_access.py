@@ -246,6 +246,8 @@ def test_root_comes_in_when_all_connections_are_taken(tmp_path: Path) -> None:
         with connect(daemon, BOB) as bob:
             assert bob.recv()["error"]["code"] == "too_many_connections"
         assert daemon.request({"command": "ping"})["result"]["state"] == "running"
+        for client in taken:
+            client.close()
 
 
 @needs_root

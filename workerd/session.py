@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 WRITE_HIGH = 4 * 2**20  # bytes of unread replies after which a connection is not read from
 WRITE_LIMIT = 64 * 2**20  # ... after which it is closed: results come without being asked for
 JOB_BYTES = 64  # what a job costs beyond its line, more or less: a line may be very short
-MANY = 40  # requests of one read to be answered one by one, after which the next read is a brief one
+MANY = 40  # requests to be answered one by one, after which it is the others' turn, and the next read is a brief one
 
 SKIPPED = "unfinished lines of all clients are more than {} bytes; this one, the longest, was skipped: send it again"
 
@@ -77,7 +77,7 @@ class Session(asyncio.BufferedProtocol):
         self._pending = 0
         self._awaited = 0  # results that this client still waits for
         self._brief = True  # reads little at a time: at first, and after much that needs answers one by one
-        self._resting = False  # others first: the loop would read from this one again and again
+        self._requests: deque[protocol.Request] = deque()  # whose turn has not come yet
         self._held = b""  # read, and not looked at yet
         self._gathering = False  # the replies to a chunk go out together
         self._paused = False
@@ -131,15 +131,36 @@ class Session(asyncio.BufferedProtocol):
     def _take(self, data: bytes) -> None:
         requests = self._framer.feed(data)
         self._brief = len(requests) > MANY
-        if self._brief:
-            self._resting = True
-            asyncio.get_running_loop().call_soon(self._rested)
         self._flow.set_unfinished(self, self._framer.held)
-        self._handle(requests, len(data))
+        self._requests.extend(requests)
+        self._work(len(data))
 
-    def _rested(self) -> None:
-        self._resting = False
+    def _work(self, size: int = 0) -> None:
+        """Have some requests answered, which cost `size` bytes in all, more or less; then it is the others' turn."""
+        if self._transport is None:
+            self._requests.clear()
+            return
+        self._gathering = True
+        try:
+            for _ in range(min(MANY, len(self._requests))):
+                self._handle(self._requests.popleft(), size)
+                size = 0
+        finally:
+            self._gathering = False
+        if self._requests:
+            asyncio.get_running_loop().call_soon(self._work)
+        self.flush()
         self._throttle()
+        self._close_when_done()
+
+    def _handle(self, request: protocol.Request, size: int) -> None:
+        if isinstance(request, protocol.Single | protocol.Batch):
+            size += JOB_BYTES * len(request.jobs)
+        reply = Reply(self, size)
+        self._pending += size
+        self._flow.take(size)
+        self._replies.append(reply)
+        self._handle_request(request, reply)
 
     def eof_received(self) -> bool:
         self._finished = True
@@ -148,33 +169,22 @@ class Session(asyncio.BufferedProtocol):
         return True  # keep our half open: the replies still come
 
     def _finish(self) -> None:
-        requests = self._framer.finish()
+        last = self._framer.finish()
         self._flow.set_unfinished(self, 0)
-        self._handle(requests, 0)
-        self._close_when_done()
-
-    def _handle(self, requests: list[protocol.Request], size: int) -> None:
-        self._gathering = True
-        try:
-            for request in requests:
-                if isinstance(request, protocol.Single | protocol.Batch):
-                    size += JOB_BYTES * len(request.jobs)
-                reply = Reply(self, size)
-                self._pending += size
-                self._flow.take(size)
-                size = 0
-                self._replies.append(reply)
-                self._handle_request(request, reply)
-        finally:
-            self._gathering = False
-        self.flush()
-        self._throttle()
+        self._more(last)
 
     def skip_line(self) -> None:
         """Give up the line that has no end yet, and say so."""
         skipped = self._framer.skip(SKIPPED.format(self._flow.most_unfinished()))
         self._flow.set_unfinished(self, 0)
-        self._handle([skipped], 0)
+        self._more([skipped])
+
+    def _more(self, requests: list[protocol.Request]) -> None:
+        """These come after those that are not answered yet."""
+        busy = bool(self._requests)
+        self._requests.extend(requests)
+        if not busy:
+            self._work()
 
     # --- out ----------------------------------------------------------------------------------------------
 
@@ -235,7 +245,7 @@ class Session(asyncio.BufferedProtocol):
             self._transport.close()
 
     def _close_when_done(self) -> None:
-        if self._finished and not (self._held or self._replies) and self._awaited <= 0:
+        if self._finished and not (self._held or self._requests or self._replies) and self._awaited <= 0:
             self.close()
 
     # --- push back ----------------------------------------------------------------------------------------
@@ -251,7 +261,7 @@ class Session(asyncio.BufferedProtocol):
 
     def _throttle(self) -> None:
         ahead = self._pending > 0 and self._flow.crowded()
-        pause = self._full or self._resting or ahead or bool(self._held)
+        pause = self._full or ahead or bool(self._held or self._requests)
         if pause is not self._paused and self._transport is not None and not self._finished:
             self._paused = pause
             (self._transport.pause_reading if pause else self._transport.resume_reading)()
