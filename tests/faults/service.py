@@ -224,6 +224,7 @@ class Service:
 
     def serves(self) -> bool:
         """Whether a ping is answered by a daemon that is not about to end."""
+        self.take_hits()  # one that reached a point at the last moment would stand still for ever
         if self.daemon.pid in self._stopping or self.daemon.pid in self._killed:
             return False
         try:
