@@ -1,6 +1,6 @@
 """The same few faults for workerd, beanstalkd and Celery: how many jobs are lost, and how many are run twice.
 
-tests/run faults --compare [--seed S] [--seconds N]
+tests/run faults compare [--seed S] [--seconds N]
 
 One client submits a job after another and notes which were acknowledged. Meanwhile, by turns, a process that runs a job
 and the server are killed with SIGKILL; whoever is dead is started again at once, as an init system would. At the end,
@@ -297,7 +297,7 @@ SYSTEMS: list[type[System]] = [Workerd, Beanstalkd, Celery, CeleryReject]
 
 def main() -> None:
     """See the module."""
-    parser = argparse.ArgumentParser(prog="tests/run faults --compare", description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(prog="tests/run faults compare", description=__doc__.partition("\n")[0])
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=60.0, help="of load and faults, for each system [60]")
     given = parser.parse_args()

@@ -204,7 +204,9 @@ def replay(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Cut the power of a recorded daemon again and again.")
+    parser = argparse.ArgumentParser(
+        prog="tests/run faults power", description="Cut the power of a recorded daemon again and again."
+    )
     parser.add_argument("--seed", type=int, default=random.randrange(10**6))
     parser.add_argument("--minutes", type=float, default=10.0, help="how long to go on")
     parser.add_argument("--rounds", type=int, default=40, help="how often each client sends, in each recording")
@@ -223,7 +225,7 @@ def main() -> None:
             recording = record(folder, seed, arguments.rounds)
             replay(recording, random.Random(seed), 0.5, 0.05, tally, end=end)
         except BaseException:
-            print(f"seed {seed}: the recording is kept; again: python -m faults.powerloss --replay {folder}")
+            print(f"seed {seed}: the recording is kept; again: tests/run faults power --replay {folder}")
             raise
         shutil.rmtree(folder)
         print(f"seed {seed}: {sum(tally.cuts.values())} cuts so far, {tally.promised} jobs were promised", flush=True)
