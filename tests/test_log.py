@@ -10,7 +10,6 @@ import os
 import re
 import signal
 import socket
-import struct
 import subprocess
 import sys
 import uuid
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from journal import fields
 
 from workerd import log
 
@@ -67,18 +67,10 @@ def handler_for(path: str | None) -> Iterator[logging.Logger]:
 
 
 def decode(data: bytes) -> dict[str, str]:
-    """The fields of one record, read as the protocol's definition says."""
-    fields = {}
-    while data:
-        head, _, data = data.partition(b"\n")
-        name, equals, value = head.partition(b"=")
-        if not equals:
-            (length,) = struct.unpack_from("<Q", data)
-            value, end, data = data[8 : 8 + length], data[8 + length : 9 + length], data[9 + length :]
-            assert end == b"\n"
-        assert name.decode() not in fields
-        fields[name.decode()] = value.decode()
-    return fields
+    """The fields of one record, none of which is there twice."""
+    found = fields(data)
+    assert len(dict(found)) == len(found)
+    return {name: value.decode() for name, value in found}
 
 
 def test_journal_fields(journal: socket.socket) -> None:

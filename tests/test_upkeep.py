@@ -261,6 +261,26 @@ def test_a_daemon_that_finds_damage_as_it_starts_starts_all_the_same(tmp_path: P
         assert Path(f"{spool}.damaged").exists()
 
 
+def test_a_link_leads_to_the_file_and_what_is_beside_it(old: Path, tmp_path: Path) -> None:
+    """`[spool] path` may be a symbolic link to another disk: all is kept there, and the link stays."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    for suffix in ("", "-wal"):
+        shutil.move(f"{old}{suffix}", disk)
+    old.symlink_to(disk / "spool.db")
+    source = "class T:\n    def one(self, arguments): pass\n    two = late = over = gone = one\n"
+    with Daemon(tmp_path, source) as daemon:
+        daemon.wait_until(lambda status: not status["jobs"]["ready"])
+    assert old.is_symlink()
+    assert {path.name for path in disk.iterdir()} >= {
+        "spool.db",
+        "spool.db.schema-1",
+        "spool.db.claims",
+        "spool.db.lock",
+    }
+    assert beside(old) == set()
+
+
 # --- export -----------------------------------------------------------------------------------------------
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
 from fuzz.reference import parsed
+from journal import fields
 
 from workerd import lines, log, terminal
 from workerd.client import Client
@@ -209,11 +210,11 @@ def check_text(text: str) -> None:
         assert line.splitlines() in ([line], []), line
         assert not any(_moves(character) for character in line), line
     assert rest or "worker=3" in first or "\n" in message
-    fields = _journal(b"".join(log.encode_field(*field) for field in log.journal_fields(record, message, 6)))
+    found = fields(b"".join(log.encode_field(*field) for field in log.journal_fields(record, message, 6)))
     names = ("MESSAGE", "PRIORITY", "SYSLOG_IDENTIFIER", "CODE_FILE", "CODE_LINE", "CODE_FUNC")
     own = ("WORKERD_WORKER", "WORKERD_JOB_ID", "WORKERD_TARGET", "WORKERD_EVENT", "MESSAGE_ID")
-    assert [name for name, _ in fields] == [*names, *own]
-    assert dict(fields)["PRIORITY"] == b"6"
+    assert [name for name, _ in found] == [*names, *own]
+    assert dict(found)["PRIORITY"] == b"6"
 
 
 def _moves(character: str) -> bool:
@@ -221,16 +222,3 @@ def _moves(character: str) -> bool:
     code = ord(character)
     bidi = code in range(0x202A, 0x202F) or code in range(0x2066, 0x206A)
     return character != "\t" and (code < 32 or 0x7F <= code < 0xA0 or 0xD800 <= code < 0xE000 or bidi)
-
-
-def _journal(data: bytes) -> list[tuple[str, bytes]]:
-    fields = []
-    while data:
-        head, _, data = data.partition(b"\n")
-        name, equals, value = head.partition(b"=")
-        if not equals:
-            (length,) = struct.unpack_from("<Q", data)
-            value, end, data = data[8 : 8 + length], data[8 + length : 9 + length], data[9 + length :]
-            assert end == b"\n"
-        fields.append((name.decode(), value))
-    return fields
