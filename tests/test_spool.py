@@ -315,6 +315,33 @@ def test_ready_jobs_come_in_order(spool: Spool) -> None:
     assert spool.refill_ready(2, 0, 100, PLENTY) == []
 
 
+ROTTEN = {
+    "options are no JSON": "UPDATE jobs SET options = 'x' || substr(options, 2)",
+    "target is no UTF-8": "UPDATE jobs SET target = CAST(x'ff' || substr(target, 2) AS TEXT)",
+    "key is no UTF-8": "UPDATE jobs SET key = CAST(x'ff41' AS TEXT)",
+}
+
+
+@pytest.mark.parametrize("rot", ROTTEN)
+def test_a_rotten_row_costs_its_own_job_only(spool: Spool, rot: str) -> None:
+    """A byte that changed where SQLite does not notice: that job is dead, and its row kept; the others come."""
+    jobs = several(spool, 20)
+    spool.commit(Changes(inserts=jobs))
+    spool._db.execute(f"{ROTTEN[rot]} WHERE seq = {jobs[7].seq}")
+    before = spool._db.execute(
+        f"SELECT CAST(target AS BLOB), CAST(options AS BLOB), CAST(key AS BLOB) FROM jobs WHERE seq = {jobs[7].seq}"
+    ).fetchone()
+    assert seqs(ready(spool)) == [job.seq for job in jobs if job is not jobs[7]]
+    assert spool.spoiled == 1
+    (dead,), total, _ = spool.dead({}, 0, 10, PLENTY)
+    assert (dead.job.seq, dead.job.target, total) == (jobs[7].seq, "unreadable", 1)
+    assert b"makes no sense" in dead.error
+    kept = "SELECT CAST(target AS BLOB), CAST(options AS BLOB), CAST(key AS BLOB) FROM spoiled"
+    assert spool._db.execute(kept).fetchall() == [before]
+    assert len(ready(spool)) == 19
+    assert spool.spoiled == 1
+
+
 def test_scheduled_jobs_come_in_order(spool: Spool) -> None:
     """Scheduled jobs are read by time, those of the same time by seq, from behind the cursor."""
     delays = [5.0, 1.0, 3.3, 1.0, 9.9, 3.3]

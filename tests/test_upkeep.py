@@ -281,6 +281,29 @@ def test_a_link_leads_to_the_file_and_what_is_beside_it(old: Path, tmp_path: Pat
     assert beside(old) == set()
 
 
+def test_a_rotten_row_does_not_hold_up_its_line(tmp_path: Path) -> None:
+    """Found by a daemon that reads its backlog: one job is dead, and says why; all others run, and the numbers are right."""
+    source = "class T:\n    def echo(self, arguments): return arguments\n"
+    with Daemon(tmp_path, source) as daemon:
+        daemon.request(
+            [job("echo", number, delay=0.2) for number in range(300)] + [job("echo", {"later": 1}, delay=3600)]
+        )
+        daemon.kill()
+        db = sqlite3.connect(tmp_path / "spool.db")
+        db.execute("UPDATE jobs SET options = 'x' WHERE seq = (SELECT min(seq) + 100 FROM jobs)")
+        db.execute("UPDATE jobs SET arguments = CAST(x'ff22' AS BLOB) WHERE seq = (SELECT min(seq) + 200 FROM jobs)")
+        db.commit()
+        db.close()
+        daemon.start()
+        status = daemon.wait_until(lambda status: not status["jobs"]["ready"] and status["jobs"]["scheduled"] == 1)
+        assert status["jobs"]["dead"] == 2
+        assert status["targets"]["echo"]["succeeded"] == 298
+        listed = daemon.request({"command": "dead"})["result"]["jobs"]
+        assert [(found["target"], found["arguments"]) for found in listed] == [("unreadable", None), ("echo", '\\xff"')]
+        assert "1 jobs are dead, since what the spool has of them makes no sense" in daemon.log
+        assert daemon.run("echo", 1)["result"] == 1
+
+
 # --- export -----------------------------------------------------------------------------------------------
 
 

@@ -181,7 +181,7 @@ class Control:
         return {
             "id": self.engine.job_id(job.seq, job.key),
             "target": job.target,
-            "arguments": Raw(job.arguments),
+            "arguments": protocol.as_raw(job.arguments),
             "uid": job.submitter and job.submitter.uid,
             "pid": job.submitter and job.submitter.pid,
             "submitted": clock.as_set(job.submitted),

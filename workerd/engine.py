@@ -32,6 +32,7 @@ log = logging.getLogger("workerd")
 
 EMPTY_REFILL = 0.25  # seconds after which to look again for a backlog that was not found
 REFILL_BYTES = 16 * 2**20
+SPOILED = {"event": "job_dead"}
 
 
 class Engine:
@@ -191,23 +192,30 @@ class Engine:
             self.pool.loop.create_task(self._refill(refill))
 
     async def _refill(self, refill: Refill) -> None:
-        def read(spool: Spool) -> list[Job]:
+        def read(spool: Spool) -> tuple[list[Job], int]:
+            spool.spoiled = 0
             if refill.priority is None:
-                return spool.refill_scheduled(refill.after, refill.limit, REFILL_BYTES)
-            return spool.refill_ready(refill.priority, refill.after[1], refill.limit, REFILL_BYTES)
+                jobs = spool.refill_scheduled(refill.after, refill.limit, REFILL_BYTES)
+            else:
+                jobs = spool.refill_ready(refill.priority, refill.after[1], refill.limit, REFILL_BYTES)
+            return jobs, spool.spoiled
 
         try:
-            jobs = await self.writer.call(read)
+            jobs, spoiled = await self.writer.call(read)
         except SpoolError as error:
             log.error("the backlog cannot be read: %s", error, extra={"event": "spool_failed"})
             await asyncio.sleep(EMPTY_REFILL)
             self.queue.backlog.refill_failed(refill)
             self.settled()
             return
+        if spoiled:
+            log.error("%d jobs are dead, since what the spool has of them makes no sense", spoiled, extra=SPOILED)
+            self.dead += spoiled
+            self.queue.spoiled(refill, spoiled)
         if self.queue.backlog.refilled(refill, jobs) and self.waiters:
             for job in jobs:
                 job.waiter = self.waiters.pop(job.seq, None)
-        if not jobs:  # it is not there yet: it may be that the disk refuses to take it
+        if not (jobs or spoiled):  # it is not there yet: it may be that the disk refuses to take it
             await asyncio.sleep(EMPTY_REFILL)
         self.pool.dispatch()
         self.settled()

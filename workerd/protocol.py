@@ -280,6 +280,16 @@ def refusal(code: str, message: str, request_id: str | None = None) -> bytes:
     return reply(error if request_id is None else {"id": request_id, **error})
 
 
+def as_raw(text: bytes) -> Raw:
+    """JSON that goes into a reply as it is; as a string, where it is none, because the disk has changed it."""
+    try:
+        text.decode()
+        msgspec.json.decode(text, type=Raw)
+    except (msgspec.MsgspecError, ValueError, RecursionError):
+        text = _encode(text.decode(errors="backslashreplace"))
+    return Raw(text)
+
+
 def quoted(text: str) -> str:
     """A string as JSON."""
     return _encode(text).decode()

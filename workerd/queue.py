@@ -22,6 +22,7 @@ from workerd.job import Job, State
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from workerd.backlog import Refill
     from workerd.quotas import Quotas
 
 BATCH_JOBS = 2048
@@ -125,6 +126,14 @@ class JobQueue:
         """Dead jobs are ready again in the spool; `backlog.freeze` was called before."""
         self.total += sum(ready.values())
         self.backlog.thaw(ready)
+
+    def spoiled(self, refill: Refill, count: int) -> None:
+        """So many jobs that the spool was asked for cannot be read, and are dead."""
+        self.total -= count
+        if refill.priority is None:
+            self.backlog.scheduled_stored -= count
+        else:
+            self.backlog.lines[refill.priority].stored -= count
 
     def refused(self, jobs: Sequence[Job]) -> None:
         """Withdraw jobs that the spool could not store. Those that a worker holds already are left to it."""

@@ -9,6 +9,7 @@ the whole row, and bears any bytes. Coming out, the arguments of all rows are jo
 
 from __future__ import annotations
 
+import sqlite3
 from functools import lru_cache
 from itertools import accumulate, chain
 from typing import TYPE_CHECKING
@@ -99,6 +100,23 @@ FROM (
     )) AS key FROM jobs d WHERE state = 4 AND {chosen} ORDER BY d.seq LIMIT :limit
 ) n WHERE jobs.seq = n.old
 """
+
+
+# What reading a row raises in which a byte is wrong that SQLite knows nothing of. (Python's own complaint, that text is
+# no UTF-8, is an OperationalError without a name of SQLite's.)
+UNREADABLE = (sqlite3.OperationalError, msgspec.MsgspecError, ValueError, KeyError, TypeError)
+# The row is kept as it is, and its job dead, by which it can be found.
+SPOIL = (
+    "CREATE TABLE IF NOT EXISTS spoiled AS SELECT * FROM jobs WHERE false",
+    f"INSERT INTO spoiled SELECT * FROM jobs WHERE seq {LISTED}",
+    f"""
+UPDATE jobs SET state = 4, key = NULL, target = 'unreadable', options = '[]', submitted = :now, ready_at = :now,
+    attempts = 0, crashes = 0, ended = :now, arguments = CAST('null' AS BLOB),
+    error = CAST('{{"reason":"crashed","type":"DamagedSpoolError","message":"what the spool has of this job makes '
+    || 'no sense; its row is in the table spoiled","traceback":""}}' AS BLOB)
+WHERE seq {LISTED}
+""",
+)
 
 
 class DeadJob(msgspec.Struct, frozen=True):

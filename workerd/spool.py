@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from workerd import rows, upkeep
+from workerd import clock, rows, upkeep
 from workerd.changes import Changes, Committed, Counts, Usage
 from workerd.errors import DamagedSpoolError, SpoolError
 from workerd.rows import DeadJob, as_json, packed, unpacked
@@ -42,6 +42,7 @@ class Spool:
         self._memory_bytes = 0
         self.identity: str = meta["identity"]
         self.first_seq: int = (meta["epoch"] << EPOCH_BITS) + 1
+        self.spoiled = 0  # jobs whose rows made no sense when they were read, since the owner last looked
         self.quarantined = upkeep.quarantined(path) if path else 0  # damaged spools that lie beside this one
 
     @classmethod
@@ -152,6 +153,7 @@ class Spool:
             waiting = f"SELECT seq FROM jobs WHERE state IN (0, 1) AND seq {rows.LISTED}"
             seqs = self._seqs(waiting, {"seqs": as_json(seqs)})
             self._db.execute(f"UPDATE jobs SET crashes = crashes + 1 WHERE seq {rows.LISTED}", {"seqs": as_json(seqs)})
+        with self._reading():
             return [dead.job for dead in self._load(seqs)]
 
     # --- dead jobs ----------------------------------------------------------------------------------------
@@ -238,7 +240,29 @@ class Spool:
         return [seq for (seq, _), total in zip(sizes, before, strict=False) if total <= max_bytes]
 
     def _load(self, seqs: Sequence[int]) -> list[DeadJob]:
+        """The jobs in this order, but for those whose rows make no sense: they are dead from now on."""
+        try:
+            return self._unpacked(seqs)
+        except rows.UNREADABLE as error:
+            if getattr(error, "sqlite_errorname", None):
+                raise
+        spoiled = [seq for seq in seqs if not self._makes_sense(seq)]
+        self.spoiled += len(spoiled)
+        with self._transaction():
+            for statement in rows.SPOIL:
+                self._db.execute(statement, {"seqs": as_json(spoiled), "now": clock.now()})
+        return self._unpacked([seq for seq in seqs if seq not in spoiled])
+
+    def _unpacked(self, seqs: Sequence[int]) -> list[DeadJob]:
         return unpacked(self._db.execute(rows.LOAD, {"seqs": as_json(seqs)}).fetchone(), seqs)
+
+    def _makes_sense(self, seq: int) -> bool:
+        try:
+            return bool(self._unpacked([seq]))
+        except rows.UNREADABLE as error:
+            if getattr(error, "sqlite_errorname", None):
+                raise
+            return False
 
     def _chosen(self, selection: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
         chosen, values = "true", {}
