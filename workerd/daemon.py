@@ -81,7 +81,7 @@ class Daemon:
     async def main(self) -> int:
         """Start, serve, stop."""
         self._loop = asyncio.get_running_loop()
-        self._loop.set_exception_handler(log_defect)
+        self._loop.set_exception_handler(log.defect)
         self.metrics = metrics.Metrics((), __version__)
         self.reporter = Reporter(self.metrics)
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -102,6 +102,9 @@ class Daemon:
                 return self._status
         kept = "stay in the spool" if self.writer.durable else "were in memory only, and are lost"
         logger.info("stopped: %d jobs %s", self.engine.queue.total, kept, extra={"event": "daemon_stopped"})
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            self._loop.remove_signal_handler(number)
+            signal.signal(number, signal.SIG_IGN)  # all is done: one that comes late must not change the exit status
         return self._status
 
     def _fail(self, why: str) -> None:
@@ -290,9 +293,3 @@ class Daemon:
             draining = self._loop.create_task(self.pool.drain(timeout))
             await self._either(draining)  # a second signal cuts it short
             draining.cancel()
-
-
-def log_defect(_loop: asyncio.AbstractEventLoop, context: dict[str, object]) -> None:
-    """An exception that nobody expected: the daemon goes on, and says so."""
-    error = context.get("exception")
-    logger.error("defect in workerd: %s", context["message"], exc_info=error if isinstance(error, Exception) else None)

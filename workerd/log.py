@@ -247,3 +247,10 @@ def journal_fields(record: logging.LogRecord, text: str, priority: int) -> list[
     if (message_id := EVENTS.get(str(found.get("event")))) is not None:
         fields.append(("MESSAGE_ID", message_id))
     return fields
+
+
+def defect(_loop: object, context: Mapping[str, object]) -> None:
+    """An exception in the event loop that nobody expected: the daemon goes on, and says so."""
+    error = context.get("exception")
+    found = error if isinstance(error, Exception) else None
+    logging.getLogger("workerd").error("defect in workerd: %s", context["message"], exc_info=found)
