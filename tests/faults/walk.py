@@ -30,6 +30,7 @@ def nothing(_c: Context) -> None:
 def commands(c: Context) -> None:
     """What clients may ask."""
     with contextlib.suppress(OSError, EOFError), Client(c.service.daemon.socket) as client:
+        client.socket.settimeout(1.0)  # whoever is to answer may stand still, until it is seen that it does
         for request in ({"command": "status"}, {"command": "targets"}, {"command": "dead"}, {"command": "ping"}):
             client.send(request)
         client.request({"command": "dead", "action": "retry", "target": "slow"})
