@@ -265,3 +265,57 @@ def test_many_clients_at_once_are_read_from_no_faster_than_they_are_answered(sho
     assert pending < 20 * 2**20 < clients * jobs * len(NOOP)
     assert ping
     assert received == [jobs] * clients
+
+
+async def echo(path: Path, scripts: list[list[bytes]], max_line: int) -> list[bytes]:
+    """What each client gets back, in order, from a feeder that answers each request with its kind; a client sends a
+    piece, and goes on with the next once all are read.
+    """
+
+    def handle(request: protocol.Request, reply: Reply) -> None:
+        text = request.code if isinstance(request, protocol.Problem) else type(request).__name__
+        reply.complete(f"{text}\n".encode())
+
+    feeder = Feeder(max_line=max_line, max_connections=1024, user_connections=0)
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.bind(str(path))
+        await feeder.listen(sock, handle)
+        streams = [await asyncio.open_unix_connection(str(path)) for _ in scripts]
+        for (_, writer), script in zip(streams, scripts, strict=True):
+            for piece in script:
+                writer.write(piece)
+                await writer.drain()
+                for _ in range(20):
+                    await asyncio.sleep(0)
+        for _, writer in streams:
+            writer.write_eof()
+        received = [await asyncio.wait_for(reader.read(), TIMEOUT) for reader, _ in streams]
+        for _, writer in streams:
+            writer.close()
+        await feeder.close()
+    return received
+
+
+PING = b'{"command": "ping"}\n'
+
+
+@pytest.mark.parametrize("pings", [0, 3, 30])
+def test_replies_keep_their_order_when_a_line_is_given_up(
+    short_path: Path, monkeypatch: pytest.MonkeyPatch, pings: int
+) -> None:
+    """A chunk of whole lines, and then the beginning of a line that is too much
+    for all: that is told after the others' answers, and what follows it is answered, too.
+    """
+    monkeypatch.setattr("workerd.flow.UNFINISHED_BYTES", 1000)
+    scripts = [[b"y" * 900], [PING * pings + b"x" * 950, b"x\n" + PING]]
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        first, second = runner.run(echo(short_path / "jobs", scripts, 1000))
+    assert second == b"Plain\n" * pings + b"line_too_long\n" + b"Plain\n"
+    assert first == b"bad_json\n"
+
+
+def test_what_comes_before_the_end_is_answered_before_it_closes(short_path: Path) -> None:
+    """Thousands of requests to be answered one by one, a last line without a newline, and a half-close: all answered."""
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        (got,) = runner.run(echo(short_path / "jobs", [[PING * 3000 + b"false"]], 1000))
+    assert got == b"Plain\n" * 3000 + b"Retire\n"

@@ -131,8 +131,8 @@ class Session(asyncio.BufferedProtocol):
     def _take(self, data: bytes) -> None:
         requests = self._framer.feed(data)
         self._brief = len(requests) > MANY
+        self._requests.extend(requests)  # first: should the line that follows be given up, that is answered after them
         self._flow.set_unfinished(self, self._framer.held)
-        self._requests.extend(requests)
         self._work(len(data))
 
     def _work(self, size: int = 0) -> None:
