@@ -462,3 +462,13 @@ class T:
         assert sorted(path.name for path in tmp_path.iterdir() if "spool" in path.name) == sorted(
             f"spool.db{suffix}" for suffix in ("", "-shm", "-wal", ".claims", ".lock")
         )
+
+
+def test_no_id_ends_the_daemon(tmp_path: Path) -> None:
+    """One that looks like the daemon's own, with a number that nothing holds: an id like any other, and answered."""
+    with Daemon(tmp_path, SOURCE) as daemon, daemon.connect() as client:
+        identity = client.request(job("echo"))["id"].rpartition("-")[0]
+        huge = f"{identity}-{'f' * 20}"
+        assert client.request({"command": "dead", "id": huge})["error"]["code"] == "not_found"
+        assert client.request(job("echo", id=huge))["status"] == "accepted"
+        assert client.request(job("echo", id=huge))["status"] == "duplicate"

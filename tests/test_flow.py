@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import socket
+from typing import TYPE_CHECKING, Any
 
 from workerd.flow import LEAST_SHARE, PENDING_BYTES, UNFINISHED_BYTES, UNREAD_BYTES, Flow
+from workerd.session import Session
+
+if TYPE_CHECKING:
+    from workerd import protocol
+    from workerd.session import Reply
 
 
 class Client:
@@ -98,3 +105,54 @@ def test_long_lines_wait_while_much_waits_for_its_reply() -> None:
         assert (clients[1].done, clients[2].done) == ([], ["went on"])
 
     asyncio.run(walk())
+
+
+class Transport:
+    """What a session needs of a transport, which takes everything."""
+
+    def __init__(self, sock: Any) -> None:
+        self.sock = sock
+        self.written: list[bytes] = []
+
+    def set_write_buffer_limits(self, high: int) -> None:
+        """Nothing is ever buffered."""
+
+    def get_extra_info(self, _name: str) -> Any:
+        return self.sock
+
+    def get_write_buffer_size(self) -> int:
+        return 0
+
+    def write(self, data: bytes) -> None:
+        self.written.append(data)
+
+    def pause_reading(self) -> None:
+        """Who tests reads no further by itself."""
+
+    def resume_reading(self) -> None:
+        """Nor does it begin again."""
+
+
+def test_replies_that_wait_for_their_turn_are_bounded() -> None:
+    """One request that takes long does not let any number of answers pile up behind it."""
+    sizes: list[int] = []
+
+    def handle(_request: protocol.Request, reply: Reply) -> None:
+        sizes.append(4097 if sizes else 0)
+        if len(sizes) > 1:
+            reply.complete(b"x" * 4096 + b"\n")
+
+    async def talk() -> None:
+        one, other = socket.socketpair()
+        with one, other:
+            everybody = Flow(2**20)
+            session = Session(everybody, handle, everybody.clients.add, lambda _gone: None)
+            session.connection_made(Transport(one))  # type: ignore[arg-type]
+            data = b'{"command":"status"}\n' * 12_000
+            everybody._memory[: len(data)] = data
+            session.buffer_updated(len(data))
+            for _ in range(1000):
+                await asyncio.sleep(0)
+
+    asyncio.run(talk())
+    assert sum(sizes) <= 16 * 2**20

@@ -734,3 +734,33 @@ def test_a_copy_of_the_files_in_use_is_whole(
     for name in ("spool.db", "spool.db-wal"):
         shutil.copy(tmp_path / name, copy / name)
     assert ready(open_spool(copy / "spool.db")) == [stored(job) for job in jobs]
+
+
+def test_a_row_whose_arguments_became_text_changes_no_other_jobs_arguments(spool: Spool) -> None:
+    """One bit of a row's header makes text of a blob; the arguments of its neighbours stay their own."""
+    given = ['"éé"'.encode(), b'"one"', b'"two"']
+    jobs = [make(spool.first_seq + i, arguments=arguments) for i, arguments in enumerate(given)]
+    spool.commit(Changes(inserts=jobs))
+    spool._db.execute("UPDATE jobs SET arguments = CAST(arguments AS TEXT) WHERE seq = ?", (spool.first_seq,))
+    assert [job.arguments for job in ready(spool)] == given
+
+
+@pytest.mark.parametrize("column", ["target", "options", "key", "uid", "attempts"])
+@pytest.mark.parametrize("value", ["x'6162'", "'many'", "123456789012"])
+def test_a_row_whose_columns_are_of_another_kind_costs_its_own_job_only(spool: Spool, column: str, value: str) -> None:
+    """One bit of a row's header makes a blob of text, or another number of one; the others of its line are read all the
+    same, and what is read can be stored again.
+    """
+    spool.commit(Changes(inserts=several(spool, 3)))
+    spool._db.execute(f"UPDATE jobs SET {column} = {value} WHERE seq = ?", (spool.first_seq,))
+    found = ready(spool)
+    assert seqs(found)[-2:] == [spool.first_seq + 1, spool.first_seq + 2]
+    spool.commit(Changes(updates=found))
+
+
+def test_a_number_too_large_for_a_seq_is_no_name_of_a_job(spool: Spool) -> None:
+    """An id of a client's that looks like one of the daemon's, with any number of digits, is an id like any other."""
+    key = f"{spool.identity}-{'f' * 20}"
+    assert spool.seq_of(key) is None
+    assert spool.commit(Changes(keyed=[make(spool.first_seq, key=key)])).new == {spool.first_seq}
+    assert find_dead(spool, f"{spool.identity}-{2**63:x}") == []

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import errno
 import json
 import os
 import resource
@@ -12,6 +14,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 from daemon_process import Daemon, job, wait_until
+
+from workerd import generation
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -527,3 +531,36 @@ class T:
         charged = sum('"event": "crash"' in line or "crashed its worker" in line for line in daemon.log.splitlines())
         assert len(ran) - 20_000 <= charged <= kills
         assert daemon.status()["jobs"]["dead"] == 0
+
+
+def test_that_no_descriptor_is_left_is_not_the_end_of_a_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fork server is not killed, and all workers with it, because a worker could not be watched."""
+
+    def none_left(_pid: int) -> int:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    async def wait() -> None:
+        await asyncio.wait_for(generation.ended(os.getppid()), 0.5)
+
+    monkeypatch.setattr(os, "pidfd_open", none_left)
+    with pytest.raises(TimeoutError):
+        asyncio.run(wait())
+
+
+def test_a_fork_server_that_stops_before_a_fork_is_replaced(tmp_path: Path) -> None:
+    """Stuck with a request for a worker, not with the end of one: jobs run again all the same."""
+    flag = tmp_path / "flag"
+    source = f"""
+import os, signal
+def stop():
+    if os.path.exists({str(flag)!r}):
+        os.unlink({str(flag)!r})
+        os.kill(os.getpid(), signal.SIGSTOP)
+os.register_at_fork(before=stop)
+class Attributes:
+    def echo(self, value): return value
+"""
+    with Daemon(tmp_path, source, workers={"count": 1}) as daemon:
+        flag.touch()
+        daemon.workers()[0].kill()
+        assert daemon.run("echo", 1)["status"] == "succeeded"

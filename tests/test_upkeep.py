@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from daemon_process import ROOT, Daemon, job
 
+from workerd import upkeep
 from workerd.changes import Changes, Counts
 from workerd.claims import Claims
 from workerd.errors import DamagedSpoolError, SpoolError
@@ -406,3 +407,32 @@ def test_a_log_without_its_file_is_kept(path: Path) -> None:
     spool = Spool.open(path)
     spool.close()
     assert path.with_name("spool.db.damaged-wal").read_bytes() == log
+
+
+def test_a_spool_is_put_aside_whole_when_that_was_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A death between the two renames: the next opening goes on, and does not take the file for whole without its log."""
+    spool = Spool.open(tmp_path / "one.db")
+    spool._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+    spool.commit(Changes(inserts=[Job(spool.first_seq, "echo", b"1", Options(), NOW, NOW)]))
+    path = tmp_path / "two.db"
+    for suffix in ("", "-wal"):  # as a daemon that was killed leaves it
+        shutil.copy(f"{tmp_path / 'one.db'}{suffix}", f"{path}{suffix}")
+    spool.close()
+    real = Path.rename
+    renamed: list[Path] = []
+
+    def rename(self: Path, target: Path) -> Path:
+        if renamed:
+            raise KeyboardInterrupt
+        renamed.append(target)
+        return real(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", rename)
+        with pytest.raises(KeyboardInterrupt):
+            upkeep.put_aside(path, "a test")
+    path.with_name("two.db.suspect").write_text("as it was before put_aside\n")
+    again = Spool.open(path)
+    jobs, aside = again.counts().ready, again.quarantined
+    again.close()
+    assert jobs or aside, "the job was neither kept nor told of as put aside"

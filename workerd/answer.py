@@ -139,7 +139,7 @@ class Answer:
             self._expect_no_result(job)
         self.engine.queue.refused([job for job in lost if job.key is None])
         if self.batch:
-            self.reply.results.clear()  # of those that have run all the same: the answer is one for all of them
+            self.reply.drop_results()  # of those that have run all the same: the answer is one for all of them
             self.reply.complete(protocol.refusal(Code.SPOOL_FAILED, message))
             return
         gone = {job.seq for job in lost}

@@ -8,7 +8,7 @@ import time
 from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
-from msgspec import UNSET, Raw, structs
+from msgspec import UNSET, structs
 
 from workerd import __version__, clock, protocol
 from workerd.errors import Code, SpoolError, shown
@@ -152,8 +152,10 @@ class Control:
                 if reply.session.gone():
                     return
                 result = await actions[request.action](request, peer)
-        except SpoolError as error:
-            reply.complete(protocol.refusal(Code.SPOOL_FAILED, str(error)))
+        except Exception as error:
+            reply.complete(protocol.refusal(Code.SPOOL_FAILED, str(error)))  # a client must not wait for ever
+            if not isinstance(error, SpoolError):
+                raise
             return
         if result is None:
             message = f"no dead job has the id {shown(request.id)}; `workerd dead` lists them"
@@ -188,7 +190,7 @@ class Control:
             "ended": clock.as_set(dead.ended),
             "attempts": job.attempts,
             "crashes": job.crashes,
-            "error": Raw(dead.error),
+            "error": protocol.as_raw(dead.error or b"null"),
         }
 
     async def _retry_dead(self, request: protocol.Dead, _peer: Peer) -> dict[str, Any] | None:

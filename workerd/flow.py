@@ -18,6 +18,7 @@ BRIEF_BYTES = 2**10  # ... from one of which little is known, or that asks for m
 PENDING_BYTES = 2 * 2**20  # of requests without a reply after which there is no hurry to read
 SHARES = 2**20  # bytes that all connections which wait for no reply may then have taken, all the same ...
 LEAST_SHARE = 4096  # ... and each of them
+TURN = 400  # requests of all clients that are answered one by one in a turn of the loop
 UNFINISHED_BYTES = 64 * 2**20  # of lines that have no end yet
 UNREAD_BYTES = 128 * 2**20  # of replies and results that nobody reads
 
@@ -72,6 +73,10 @@ class Flow:
     def read(self, size: int) -> bytes:
         """What was read to there."""
         return bytes(self._memory[:size])
+
+    def share(self) -> int:
+        """How many requests of one client are answered one by one before it is the others' turn."""
+        return max(1, TURN // (len(self.clients) or 1))
 
     def crowded(self) -> bool:
         """Whether so much waits for its reply that nothing more is to be begun."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import os
 from typing import TYPE_CHECKING
@@ -20,6 +21,7 @@ logger = logging.getLogger("workerd")
 GIVE_UP_AFTER = 5  # rounds of workers that fail to start, while none of the generation was ever ready
 LONGEST_BACKOFF = 30.0  # seconds between attempts to start a worker that keeps failing
 SERVER_PATIENCE = 10.0  # seconds after the end of a worker within which the fork server must have told of it
+DESCRIPTOR_RETRY = 0.5  # seconds after which to look again for a descriptor
 SERVER_BACKOFF = 1.0  # seconds between attempts to start a fork server that was killed and now fails to start
 
 
@@ -97,7 +99,14 @@ class Generation:
         except OSError:
             return False
         self.workers[process.number] = process
+        self.loop.call_later(SERVER_PATIENCE, self._check_started, process)
         return True
+
+    def _check_started(self, process: WorkerProcess) -> None:
+        if self._open and not process.pid and self.workers.get(process.number) is process:
+            text = "the fork server has not made worker %d within %.0f s, and is replaced with its workers"
+            logger.error(text, process.number, SERVER_PATIENCE, extra={"event": "worker_exited"})
+            self._server.kill()
 
     def start_succeeded(self) -> None:
         """A worker is ready."""
@@ -168,11 +177,16 @@ class Generation:
 
 async def ended(pid: int) -> None:
     """Wait until a process that is nobody's child of ours has ended; it may be a zombie then."""
-    try:
-        pidfd = os.pidfd_open(pid)
-    except OSError:
-        return
     loop = asyncio.get_running_loop()
+    while True:
+        try:
+            pidfd = os.pidfd_open(pid)
+        except OSError as error:
+            if error.errno not in {errno.EMFILE, errno.ENFILE, errno.ENOMEM}:
+                return
+            await asyncio.sleep(DESCRIPTOR_RETRY)
+        else:
+            break
     gone = asyncio.Event()
     loop.add_reader(pidfd, gone.set)
     try:

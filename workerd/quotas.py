@@ -65,10 +65,12 @@ class Quotas:
             self._take(uid, jobs, size)
 
     def _take(self, uid: int, jobs: int, size: int) -> None:
-        usage = self.users[uid]
+        usage = self.users.get(uid)
+        if usage is None:  # a row in the spool has changed since it was counted
+            return
         usage.jobs -= jobs
-        usage.bytes -= size
-        if not usage.jobs:
+        usage.bytes = max(0, usage.bytes - size)
+        if usage.jobs <= 0:
             del self.users[uid]
 
 

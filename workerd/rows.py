@@ -12,7 +12,7 @@ from __future__ import annotations
 import sqlite3
 from functools import lru_cache
 from itertools import accumulate, chain
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import msgspec
 
@@ -77,7 +77,8 @@ FROM json_each(:rows) e WHERE jobs.seq = e.value ->> 0
 LOAD = f"""
 SELECT json_group_array(json_array(seq, key, target, options, CAST(submitted * {TICKS} AS INT),
         CAST(ready_at * {TICKS} AS INT), state, attempts, crashes, CAST(coalesce(ended, 0) * {TICKS} AS INT),
-        coalesce(uid, {NOBODY}), coalesce(pid, {NOBODY}), coalesce(length(arguments), 0), coalesce(length(error), 0))),
+        coalesce(uid, {NOBODY}), coalesce(pid, {NOBODY}),
+        coalesce(length(CAST(arguments AS BLOB)), 0), coalesce(length(CAST(error AS BLOB)), 0))),
     CAST(group_concat(CAST(arguments AS TEXT), '') AS BLOB), CAST(group_concat(CAST(error AS TEXT), '') AS BLOB)
 FROM jobs WHERE seq {LISTED}
 """
@@ -187,7 +188,7 @@ def unpacked(row: tuple[str, bytes, bytes], seqs: Sequence[int]) -> list[DeadJob
     columns, arguments, errors = row
     found: dict[int, DeadJob] = {}
     at = error_at = 0
-    for column in msgspec.json.decode(columns):
+    for column in _columns(columns):
         seq, key, target, options, submitted, ready_at, state, attempts, crashes, ended, uid, pid, size, error_size = (
             column
         )
@@ -199,7 +200,16 @@ def unpacked(row: tuple[str, bytes, bytes], seqs: Sequence[int]) -> list[DeadJob
         found[seq] = DeadJob(job, error, ended / TICKS)
         at += size
         error_at += error_size
+    if (at, error_at) != (len(arguments or b""), len(errors or b"")):
+        raise ValueError("lengths that do not add up")
     return [found[seq] for seq in seqs]
+
+
+_Count = Annotated[int, msgspec.Meta(ge=0, lt=10**9)]
+_Number = Annotated[int, msgspec.Meta(ge=NOBODY, lt=2**32)]
+_columns = msgspec.json.Decoder(
+    list[tuple[int, str | None, str, str, int, int, int, _Count, _Count, int, _Number, _Number, int, int]]
+).decode
 
 
 @lru_cache(maxsize=1024)

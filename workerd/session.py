@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 WRITE_HIGH = 4 * 2**20  # bytes of unread replies after which a connection is not read from
 WRITE_LIMIT = 64 * 2**20  # ... after which it is closed: results come without being asked for
 JOB_BYTES = 64  # what a job costs beyond its line, more or less: a line may be very short
+DEAD_BYTES = 1024  # ... and a command that waits for the spool
 MANY = 40  # requests to be answered one by one, after which it is the others' turn, and the next read is a brief one
 
 SKIPPED = "unfinished lines of all clients are more than {} bytes; this one, the longest, was skipped: send it again"
@@ -41,7 +42,13 @@ class Reply:
     def complete(self, data: bytes) -> None:
         """The answer is known; it is sent as soon as its turn comes."""
         self.data = data
+        self.session.keep(len(data))
         self.session.flush()
+
+    def drop_results(self) -> None:
+        """They are not to be told."""
+        self.session.keep(-sum(map(len, self.results)))
+        self.results.clear()
 
     def add_results(self, lines: bytes) -> None:
         """Jobs of this chunk have ended; their lines follow the answer."""
@@ -49,6 +56,7 @@ class Reply:
             self.session.write(lines)
         else:
             self.results.append(lines)
+            self.session.keep(len(lines))
 
 
 class Session(asyncio.BufferedProtocol):
@@ -79,6 +87,8 @@ class Session(asyncio.BufferedProtocol):
         self._brief = True  # reads little at a time: at first, and after much that needs answers one by one
         self._requests: deque[protocol.Request] = deque()  # whose turn has not come yet
         self._held = b""  # read, and not looked at yet
+        self._kept = 0  # bytes of replies whose turn has not come yet
+        self._waiting = False  # for those to go out, before more requests are dealt with
         self._gathering = False  # the replies to a chunk go out together
         self._paused = False
         self._full = False
@@ -142,20 +152,25 @@ class Session(asyncio.BufferedProtocol):
             return
         self._gathering = True
         try:
-            for _ in range(min(MANY, len(self._requests))):
+            for _ in range(min(MANY, self._flow.share(), len(self._requests))):
+                if self._kept > WRITE_HIGH:
+                    break
                 self._handle(self._requests.popleft(), size)
                 size = 0
         finally:
             self._gathering = False
-        if self._requests:
-            asyncio.get_running_loop().call_soon(self._work)
         self.flush()
+        self._waiting = bool(self._requests) and self._kept > WRITE_HIGH
+        if self._requests and not self._waiting:
+            asyncio.get_running_loop().call_soon(self._work)
         self._throttle()
         self._close_when_done()
 
     def _handle(self, request: protocol.Request, size: int) -> None:
         if isinstance(request, protocol.Single | protocol.Batch):
             size += JOB_BYTES * len(request.jobs)
+        elif isinstance(request, protocol.Dead):
+            size += DEAD_BYTES
         reply = Reply(self, size)
         self._pending += size
         self._flow.take(size)
@@ -208,11 +223,21 @@ class Session(asyncio.BufferedProtocol):
             lines.append(data)
             lines += reply.results
         if lines:
+            self._kept -= sum(map(len, lines))
+            if self._waiting and self._kept <= WRITE_HIGH:
+                self._waiting = False
+                asyncio.get_running_loop().call_soon(self._work)
             self._pending -= settled
             self._flow.settle(settled)
             self.write(b"".join(lines))
             self._throttle()
             self._close_when_done()
+
+    def keep(self, size: int) -> None:
+        """So many bytes more wait for their turn; who lets too much pile up is cut off."""
+        self._kept += size
+        if self._kept > WRITE_LIMIT:
+            self.cut_off()
 
     def write(self, data: bytes) -> None:
         """Send bytes, unless the client is gone; one that lets too much pile up is cut off."""

@@ -88,7 +88,7 @@ class Spool:
         """The seq in an id that the daemon gave; None for any other id."""
         prefix, _, digits = job_id.rpartition("-")
         with contextlib.suppress(ValueError):
-            if prefix == self.identity and f"{(seq := int(digits, 16)):x}" == digits:
+            if prefix == self.identity and f"{(seq := int(digits, 16)):x}" == digits and seq < 2**63:
                 return seq
         return None
 
@@ -244,7 +244,7 @@ class Spool:
         try:
             return self._unpacked(seqs)
         except rows.UNREADABLE as error:
-            if getattr(error, "sqlite_errorname", None):
+            if getattr(error, "sqlite_errorname", None) not in {None, "SQLITE_ERROR"}:  # that one: a blob, and no JSON
                 raise
         spoiled = [seq for seq in seqs if not self._makes_sense(seq)]
         self.spoiled += len(spoiled)
@@ -260,7 +260,7 @@ class Spool:
         try:
             return bool(self._unpacked([seq]))
         except rows.UNREADABLE as error:
-            if getattr(error, "sqlite_errorname", None):
+            if getattr(error, "sqlite_errorname", None) not in {None, "SQLITE_ERROR"}:  # that one: a blob, and no JSON
                 raise
             return False
 

@@ -11,7 +11,8 @@ import logging
 import os
 import re
 import sqlite3
-from itertools import count
+from itertools import count, takewhile
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from workerd.errors import DamagedSpoolError
@@ -19,7 +20,6 @@ from workerd.spoolfile import CLAIMS, VERSION, begin, beside, check, connect, cr
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
 log = logging.getLogger("workerd")
 
@@ -58,7 +58,8 @@ def opened(path: Path) -> tuple[sqlite3.Connection, dict[str, Any]]:
 
 def _decide(path: Path) -> None:
     """Put a suspect aside, unless the disk did not read well just then, which SQLite takes for damage, too."""
-    if (damage := examine(path)) is not None:
+    damage = examine(path) if path.exists() else "it is gone, but for its log"  # we were interrupted in put_aside
+    if damage is not None:
         put_aside(path, damage)
         return
     beside(path, SUSPECT).unlink()
@@ -142,9 +143,12 @@ def suspect(path: Path, damage: DamagedSpoolError) -> None:
 
 def put_aside(path: Path, why: str) -> None:
     """Move a damaged spool out of the way, under a name that says so. Raises OSError."""
+    aside = list(takewhile(Path.exists, _names(path, DAMAGED)))
     kept = next(name for name in _names(path, DAMAGED) if not name.exists())
-    # the log first: beside a new file it would be taken for its own
-    for suffix in (LOG, ""):
+    if aside and not path.exists() and not aside[-1].with_name(aside[-1].name + LOG).exists():
+        kept = aside[-1]  # we were interrupted between the two
+    # the file first: without its log it may look whole, and a log without its file is never taken for a new one's
+    for suffix in ("", LOG):
         with contextlib.suppress(FileNotFoundError):
             path.with_name(path.name + suffix).rename(kept.with_name(kept.name + suffix))
     sync_folder(path)
