@@ -141,6 +141,8 @@ def _line(row: tuple[Any, ...], identity: str) -> str | None:
     """The job as a request, under the id that it had; None if there is damage in it."""
     seq, key, target, options, ready_at, arguments = row
     try:
+        if not (isinstance(target, str) and isinstance(key, str | None)):
+            return None
         arguments.decode()
         msgspec.json.decode(arguments, type=msgspec.Raw)  # a number may be too large for us, and is theirs all the same
         given = msgspec.structs.asdict(msgspec.json.decode(options, type=Options))

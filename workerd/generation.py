@@ -21,6 +21,7 @@ logger = logging.getLogger("workerd")
 GIVE_UP_AFTER = 5  # rounds of workers that fail to start, while none of the generation was ever ready
 LONGEST_BACKOFF = 30.0  # seconds between attempts to start a worker that keeps failing
 SERVER_PATIENCE = 10.0  # seconds after the end of a worker within which the fork server must have told of it
+SECOND_LOOK = 0.1  # seconds
 DESCRIPTOR_RETRY = 0.5  # seconds after which to look again for a descriptor
 SERVER_BACKOFF = 1.0  # seconds between attempts to start a fork server that was killed and now fails to start
 
@@ -99,14 +100,8 @@ class Generation:
         except OSError:
             return False
         self.workers[process.number] = process
-        self.loop.call_later(SERVER_PATIENCE, self._check_started, process)
+        self.loop.create_task(self._expect_start(process))
         return True
-
-    def _check_started(self, process: WorkerProcess) -> None:
-        if self._open and not process.pid and self.workers.get(process.number) is process:
-            text = "the fork server has not made worker %d within %.0f s, and is replaced with its workers"
-            logger.error(text, process.number, SERVER_PATIENCE, extra={"event": "worker_exited"})
-            self._server.kill()
 
     def start_succeeded(self) -> None:
         """A worker is ready."""
@@ -150,10 +145,23 @@ class Generation:
     async def _watch(self, process: WorkerProcess) -> None:
         """A fork server that is stopped, or stuck, neither tells of a worker's end nor starts another."""
         await ended(process.pid)
+        await self._patience()
+        if self.workers.get(process.number) is process:
+            self._replace_server(f"told of the end of worker {process.number}")
+
+    async def _expect_start(self, process: WorkerProcess) -> None:
+        await self._patience()
+        if not process.pid and self.workers.get(process.number) is process:
+            self._replace_server(f"made worker {process.number}")
+
+    async def _patience(self) -> None:
         await asyncio.sleep(SERVER_PATIENCE)
-        if self.workers.get(process.number) is process and self._open:
-            text = "the fork server has not told of the end of worker %d for %.0f s, and is replaced with its workers"
-            logger.error(text, process.number, SERVER_PATIENCE, extra={"event": "worker_exited"})
+        await asyncio.sleep(SECOND_LOOK)  # if we stood still ourselves, what it has told us is yet to be read
+
+    def _replace_server(self, why: str) -> None:
+        if self._open:
+            text = "the fork server has not %s for %.0f s, and is replaced with its workers"
+            logger.error(text, why, SERVER_PATIENCE, extra={"event": "worker_exited"})
             self._server.kill()
 
     async def _restart(self) -> None:

@@ -157,6 +157,9 @@ class Session(asyncio.BufferedProtocol):
                     break
                 self._handle(self._requests.popleft(), size)
                 size = 0
+        except Exception:
+            self.cut_off()  # a defect; who waits for ever would not know
+            raise
         finally:
             self._gathering = False
         self.flush()

@@ -74,7 +74,8 @@ def examine(path: Path) -> str | None:
             while data := os.pread(file.fileno(), BLOCK, at):
                 at += len(data)
     try:
-        with contextlib.closing(connect(str(path))) as db:
+        # read-only: what is put aside must be the file as it was found
+        with contextlib.closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as db:
             found = str(db.execute("PRAGMA integrity_check(1)").fetchone()[0])
     except sqlite3.Error as error:
         if not isinstance(explained(path, error), DamagedSpoolError):
