@@ -126,6 +126,11 @@ class Service:
                 time.sleep(RESTART)
             self.daemon.start(wait=False)
             self.starts += 1
+            pid = self.daemon.pid  # an earlier daemon may have had the same: pids come round in a long run
+            for about in (self._killed, self._sent, self._stopping):
+                about.pop(pid, None)
+            for group in (self._hurried, self.unwritten):
+                group.discard(pid)
 
     def _exited(self, pid: int, status: int, at: int) -> None:
         self.take_hits()
