@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 # promised is tens of milliseconds; this is for machines that are busy with something else.
 WORKER_SLACK = 1.0
 DAEMON_SLACK = 2.0
+ORPHAN = 1  # the parent of a worker whose fork server is gone, which is about to follow it
 NASTY_KILL = 10**9  # ns within which a job that kills has done so
 
 ATTEMPT, WORKER, SERVER, DAEMON, STOP, OWN = (
@@ -147,7 +148,7 @@ class Audit:
                 continue
             if death.what == "worker" and death.pid != run.pid:
                 continue
-            if death.what == "fork server" and death.pid != run.parent:
+            if death.what == "fork server" and run.parent not in {death.pid, ORPHAN}:
                 continue
             if run.end is not None and not self._soon(job, run, death):
                 continue
