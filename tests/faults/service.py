@@ -64,6 +64,15 @@ def stopped(process: Process) -> bool:
     return state in "TZX" or not process.alive
 
 
+def begun(pid: int) -> bool:
+    """Whether it is no mere fork of ours any more, in which a signal is lost; or gone."""
+    try:
+        line = Path(f"/proc/{pid}/cmdline").read_bytes()
+        return not line or b"\0-m\0workerd\0" in line
+    except OSError:
+        return True
+
+
 class Family(NamedTuple):
     """The processes of the daemon that runs now."""
 
@@ -188,9 +197,11 @@ class Service:
 
     def send(self, number: signal.Signals) -> None:
         """To the daemon, if there is one."""
-        self._sent.setdefault(self.daemon.pid, {}).setdefault(number, time.monotonic_ns())
+        pid = self.daemon.pid
+        wait_until(partial(begun, pid), "the daemon is a program of its own")
+        self._sent.setdefault(pid, {}).setdefault(number, time.monotonic_ns())
         with contextlib.suppress(ProcessLookupError):
-            os.kill(self.daemon.pid, number)
+            os.kill(pid, number)
 
     @contextlib.contextmanager
     def standing_still(self, pid: int) -> Iterator[None]:
