@@ -50,6 +50,7 @@ LAYERS: list[set[str]] = [
 NEIGHBOURS: dict[str, set[str]] = {
     "config": {"access"},
     "queue": {"backlog", "quotas"},
+    "quotas": {"changes"},
     "upkeep": {"spoolfile"},
     "session": {"flow"},
     "feeder": {"flow", "session"},

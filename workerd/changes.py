@@ -6,7 +6,7 @@ import msgspec
 
 from workerd.job import Job
 
-Usage = dict[int, tuple[int, int]]  # by user: jobs, and bytes of their arguments
+Stored = dict[int, tuple[int, int]]  # by user: jobs, and bytes of their arguments
 
 
 class Changes(msgspec.Struct):

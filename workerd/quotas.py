@@ -10,9 +10,9 @@ from msgspec import Struct
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
+    from workerd.changes import Stored
     from workerd.job import Job
 
-Stored = dict[int, tuple[int, int]]  # jobs and bytes by user
 UNKNOWN = -1  # the user of jobs of whom nothing is known
 
 

@@ -106,6 +106,14 @@ FROM (
 # What reading a row raises in which a byte is wrong that SQLite knows nothing of. (Python's own complaint, that text is
 # no UTF-8, is an OperationalError without a name of SQLite's.)
 UNREADABLE = (sqlite3.OperationalError, msgspec.MsgspecError, ValueError, KeyError, TypeError)
+# SQLITE_ERROR is what it says where a blob stands for text, which no JSON can hold.
+
+
+def is_rotten(error: Exception) -> bool:
+    """Whether it is a row that makes no sense, and not the disk, that this tells of."""
+    return isinstance(error, UNREADABLE) and getattr(error, "sqlite_errorname", None) in {None, "SQLITE_ERROR"}
+
+
 # The row is kept as it is, and its job dead, by which it can be found.
 SPOIL = (
     "CREATE TABLE IF NOT EXISTS spoiled AS SELECT * FROM jobs WHERE false",
@@ -126,6 +134,12 @@ class DeadJob(msgspec.Struct, frozen=True):
     job: Job
     error: bytes
     ended: float
+
+
+def fitting(sizes: Sequence[tuple[int, int]], max_bytes: int) -> list[int]:
+    """The first seqs of what PEEK found, (seq, bytes), up to the one that passes `max_bytes`."""
+    before = accumulate((size for _, size in sizes), initial=0)
+    return [seq for (seq, _), total in zip(sizes, before, strict=False) if total <= max_bytes]
 
 
 def as_json(value: object) -> str:

@@ -10,13 +10,12 @@ from __future__ import annotations
 import contextlib
 import os
 import sqlite3
-from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from workerd import clock, rows, upkeep
-from workerd.changes import Changes, Committed, Counts, Usage
+from workerd.changes import Changes, Committed, Counts, Stored
 from workerd.errors import DamagedSpoolError, SpoolError
 from workerd.rows import DeadJob, as_json, packed, unpacked
 from workerd.spoolfile import begin, connect, explained, lock, sync_folder
@@ -132,7 +131,7 @@ class Spool:
                 dead=self._one("SELECT count(*) FROM jobs WHERE state = 4"),
             )
 
-    def usage(self) -> Usage:
+    def usage(self) -> Stored:
         """Jobs that wait or are dead, and the bytes of their arguments, by user (-1: unknown)."""
         with self._reading():
             return self._usage("state IN (0, 1, 4)", {})
@@ -140,12 +139,12 @@ class Spool:
     def refill_ready(self, priority: int, after_seq: int, limit: int, max_bytes: int) -> list[Job]:
         """The next ready jobs by seq; the last is the one whose arguments pass `max_bytes`, if one does."""
         with self._reading():
-            return self._refill(self._one(rows.PEEK_READY, (priority, after_seq, limit)), max_bytes)
+            return self._refill(self._peek(rows.PEEK_READY, (priority, after_seq, limit)), max_bytes)
 
     def refill_scheduled(self, after: tuple[float, int], limit: int, max_bytes: int) -> list[Job]:
         """The next scheduled jobs by (ready_at, seq), bounded likewise."""
         with self._reading():
-            return self._refill(self._one(rows.PEEK_SCHEDULED, (*after, limit)), max_bytes)
+            return self._refill(self._peek(rows.PEEK_SCHEDULED, (*after, limit)), max_bytes)
 
     def charge_crashes(self, seqs: Sequence[int]) -> list[Job]:
         """Count a crash against each of these that is ready or scheduled; returns those."""
@@ -168,10 +167,10 @@ class Spool:
         """
         chosen, values = self._chosen(selection)
         with self._reading():
-            peeked = self._one(rows.PEEK_DEAD.format(chosen=chosen), values | {"after": after_seq, "limit": limit + 1})
-            page = self._fitting(peeked, max_bytes)[:limit]
+            sizes = self._peek(rows.PEEK_DEAD.format(chosen=chosen), values | {"after": after_seq, "limit": limit + 1})
+            page = rows.fitting(sizes, max_bytes)[:limit]
             total = self._one(f"SELECT count(*) FROM jobs WHERE state = 4 AND {chosen}", values)
-            return self._load(page), total, len(page) < len(msgspec.json.decode(peeked))
+            return self._load(page), total, len(page) < len(sizes)
 
     def revive(
         self, selection: Mapping[str, Any], first: int, *, limit: int = -1, now: float | None = None
@@ -187,7 +186,7 @@ class Spool:
             counted = "SELECT priority, count(*) FROM jobs WHERE seq BETWEEN :first AND :last GROUP BY priority"
             return dict(self._db.execute(counted, values).fetchall())
 
-    def delete_dead(self, selection: Mapping[str, Any], now: float) -> Usage:
+    def delete_dead(self, selection: Mapping[str, Any], now: float) -> Stored:
         """Delete dead jobs; an id that a client gave stays known. Returns how many, and their bytes, by user."""
         chosen, values = self._chosen(selection)
         values["now"] = now
@@ -217,7 +216,7 @@ class Spool:
         seq = self.seq_of(key) if key.startswith(self.identity) else None
         return seq is not None and bool(self._one("SELECT count(*) FROM jobs WHERE seq = ? AND key IS NULL", (seq,)))
 
-    def _usage(self, chosen: str, values: Mapping[str, Any]) -> Usage:
+    def _usage(self, chosen: str, values: Mapping[str, Any]) -> Stored:
         found = self._db.execute(rows.USAGE.format(chosen=chosen), values).fetchall()
         return {uid: (jobs, size) for uid, jobs, size in found}
 
@@ -231,20 +230,18 @@ class Spool:
     def _insert(self, sql: str, jobs: Sequence[Job]) -> int:
         return sum(self._db.execute(sql, values).rowcount for values in packed(jobs))
 
-    def _refill(self, peeked: str, max_bytes: int) -> list[Job]:
-        return [dead.job for dead in self._load(self._fitting(peeked, max_bytes))]
+    def _peek(self, sql: str, values: Any) -> list[tuple[int, int]]:
+        return msgspec.json.decode(self._one(sql, values), type=list[tuple[int, int]])
 
-    def _fitting(self, peeked: str, max_bytes: int) -> list[int]:
-        sizes = msgspec.json.decode(peeked, type=list[tuple[int, int]])
-        before = accumulate((size for _, size in sizes), initial=0)
-        return [seq for (seq, _), total in zip(sizes, before, strict=False) if total <= max_bytes]
+    def _refill(self, sizes: list[tuple[int, int]], max_bytes: int) -> list[Job]:
+        return [dead.job for dead in self._load(rows.fitting(sizes, max_bytes))]
 
     def _load(self, seqs: Sequence[int]) -> list[DeadJob]:
         """The jobs in this order, but for those whose rows make no sense: they are dead from now on."""
         try:
             return self._unpacked(seqs)
         except rows.UNREADABLE as error:
-            if getattr(error, "sqlite_errorname", None) not in {None, "SQLITE_ERROR"}:  # that one: a blob, and no JSON
+            if not rows.is_rotten(error):
                 raise
         spoiled = [seq for seq in seqs if not self._makes_sense(seq)]
         self.spoiled += len(spoiled)
@@ -260,7 +257,7 @@ class Spool:
         try:
             return bool(self._unpacked([seq]))
         except rows.UNREADABLE as error:
-            if getattr(error, "sqlite_errorname", None) not in {None, "SQLITE_ERROR"}:  # that one: a blob, and no JSON
+            if not rows.is_rotten(error):
                 raise
             return False
 

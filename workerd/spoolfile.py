@@ -133,7 +133,12 @@ def begin(db: sqlite3.Connection, path: Path | None) -> dict[str, Any]:
 
 def sync_folder(path: Path) -> None:
     """Make the names of new files durable."""
-    fd = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Make a file durable, or the names in a folder."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(fd)
     finally:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from workerd.errors import DamagedSpoolError
-from workerd.spoolfile import CLAIMS, VERSION, begin, beside, check, connect, create, explained, sync_folder
+from workerd.spoolfile import CLAIMS, VERSION, begin, beside, check, connect, create, explained, sync, sync_folder
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -123,7 +123,7 @@ def rewrite(path: Path, version: int) -> None:
             db.execute("INSERT INTO meta SELECT name, value FROM old.meta")
             db.execute(f"INSERT INTO jobs {ROWS[version]}")
             db.execute("COMMIT")
-        _sync(new)
+        sync(new)
         kept = _link(path, f"schema-{version}")
         sync_folder(path)
         new.replace(path)
@@ -181,11 +181,3 @@ def _link(path: Path, word: str) -> Path:
         if name.samefile(path):  # we were interrupted here before
             return name
     raise AssertionError
-
-
-def _sync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
