@@ -34,6 +34,10 @@ MARK = "WORKERD_TEST_MARK"  # in the environment of the daemon, and so of every 
 
 T = TypeVar("T")
 
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # so a shell starts what it runs in the background, and a daemon would ignore it, too, until its handlers are there
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 
 def wait_until(condition: Callable[[], T], what: str = "", timeout: float = TIMEOUT) -> T:
     """Wait for the condition to be true, and return what it returned; AssertionError after the timeout.
