@@ -65,3 +65,27 @@ def test_setting_the_clock_moves_no_job(tmp_path: Path, step: int) -> None:
         status = daemon.wait_until(lambda status: not status["jobs"]["ready"] and not status["jobs"]["running"])
         assert (status["jobs"]["scheduled"], status["jobs"]["dead"]) == (1, 1)
         assert "late" not in notes.read_text()
+
+
+@pytest.mark.parametrize("before", [0, DAY])
+def test_a_clock_that_was_set_back_over_a_restart_holds_up_no_job(tmp_path: Path, before: int) -> None:
+    """The daemon is killed, the clock set back by a day, the daemon started: what was to wait for a moment waits no longer,
+    whether the clock had been right before, or is now.
+    """
+    shim = Shim(tmp_path, tmp_path / "spool.db")
+    notes = tmp_path / "notes"
+    with Daemon(tmp_path, SOURCE, environment=shim.environment(), start=False) as daemon:
+        shim.step_clock(before)
+        daemon.start()
+        with daemon.connect() as client:
+            client.request(job("note", [str(notes), "soon"], delay=2.0, id="soon"))
+            client.request(job("note", [str(notes), "late"], delay=3600))
+        daemon.kill()
+        shim.step_clock(-DAY)
+        daemon.start()
+        daemon.wait_until(lambda status: status["jobs"]["scheduled"] == 1)
+        assert notes.read_text() == "soon\n"
+        with daemon.connect() as client:  # and what comes now goes by the same time
+            client.request(job("note", [str(notes), "new"], delay=0.5))
+        daemon.wait_until(lambda status: status["jobs"]["scheduled"] == 1)
+        assert notes.read_text() == "soon\nnew\n"

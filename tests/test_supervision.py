@@ -345,6 +345,21 @@ def test_no_descriptors_left_is_borne(tmp_path: Path) -> None:
         assert daemon.run("pid")["status"] == "succeeded"
 
 
+def test_a_fork_server_without_descriptors_keeps_its_workers(daemon: Daemon) -> None:
+    """It cannot take what a new worker needs: the others work on, nothing is printed, and with descriptors all are back."""
+    first, second = daemon.workers()
+    server = int(Path(f"/proc/{first.pid}/stat").read_text().rpartition(")")[2].split()[1])
+    limits = resource.prlimit(server, resource.RLIMIT_NOFILE)
+    resource.prlimit(server, resource.RLIMIT_NOFILE, (4, limits[1]))
+    first.kill()
+    daemon.wait_for_log("worker 0 cannot be started: the fork server has no room for it: Too many open files")
+    assert daemon.run("pid")["result"] == second.pid
+    resource.prlimit(server, resource.RLIMIT_NOFILE, limits)
+    daemon.wait_until(lambda status: status["workers"]["idle"] == 2, "both")
+    assert second in daemon.workers()
+    assert "Traceback" not in daemon.log
+
+
 def test_descriptions_that_are_too_long_or_cannot_be_shown(tmp_path: Path) -> None:
     """Half a megabyte of docstrings, lone surrogates in them, a default whose repr raises: the class is usable."""
     source = """

@@ -129,6 +129,11 @@ class Generation:
                 self.workers[message.slot].pid = message.pid
                 self.loop.create_task(self._watch(self.workers[message.slot]))
         elif isinstance(message, zygote.Exited):
+            if message.problem:
+                self.last_error = message.problem
+                logger.warning(
+                    "worker %d cannot be started: %s", message.slot, message.problem, extra={"event": "worker_exited"}
+                )
             if message.slot in self.workers:
                 self._on_exit(self, self.workers[message.slot], message.status)
         elif isinstance(message, zygote.Loaded):

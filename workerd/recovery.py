@@ -48,6 +48,7 @@ def recover(spool: Spool, claims: Claims, queue: JobQueue) -> int:
 
     Returns the number of dead jobs. Blocks; raises SpoolError.
     """
+    clock.go_on_from(spool.latest)
     interrupted = claims.interrupted()
     doomed = [job for job in spool.charge_crashes(interrupted) if job.crashes >= job.options.max_crashes]
     if doomed:

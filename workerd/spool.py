@@ -40,6 +40,7 @@ class Spool:
         self._path = path
         self._memory_bytes = 0
         self.identity: str = meta["identity"]
+        self.latest: float = meta["latest"]  # when the newest jobs that were there at first had come, or ended
         self.first_seq: int = (meta["epoch"] << EPOCH_BITS) + 1
         self.spoiled = 0  # jobs whose rows made no sense when they were read, since the owner last looked
         self.quarantined = upkeep.quarantined(path) if path else 0  # damaged spools that lie beside this one

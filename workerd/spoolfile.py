@@ -36,6 +36,14 @@ CREATE INDEX dead ON jobs (seq) WHERE state = 4;
 CREATE INDEX dead_of ON jobs (uid, seq) WHERE state = 4;
 """
 
+# When the newest jobs came, or ended. Bytes that are wrong may say anything, but hardly a time before 2106.
+LATEST = """
+SELECT coalesce(max(moment), 0.0) FROM (
+    SELECT submitted AS moment FROM (SELECT submitted FROM jobs ORDER BY seq DESC LIMIT 100)
+    UNION ALL SELECT max(ended) FROM jobs WHERE state = 3 AND ended < 4294967296.0
+) WHERE moment < 4294967296.0
+"""
+
 SETTINGS = (
     "synchronous = FULL",
     "cache_size = -16384",  # KiB
@@ -113,7 +121,9 @@ def create(db: sqlite3.Connection) -> None:
 
 
 def begin(db: sqlite3.Connection, path: Path | None) -> dict[str, Any]:
-    """Begin a new epoch, in a file that is made if it is empty; returns what `meta` holds, identity and epoch."""
+    """Begin a new epoch, in a file that is made if it is empty; returns what `meta` holds (identity and epoch), and the
+    latest moment that the spool knows of.
+    """
     empty = not check(db, path)
     if empty:
         db.execute("PRAGMA auto_vacuum = INCREMENTAL")
@@ -127,6 +137,7 @@ def begin(db: sqlite3.Connection, path: Path | None) -> dict[str, Any]:
         db.execute("INSERT INTO meta VALUES ('identity', ?), ('epoch', 0)", (identity,))
     db.execute("UPDATE meta SET value = value + 1 WHERE name = 'epoch'")
     meta = dict(db.execute("SELECT name, value FROM meta").fetchall())
+    meta["latest"] = db.execute(LATEST).fetchone()[0]
     db.execute("COMMIT")
     return meta
 

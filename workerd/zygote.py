@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import gc
 import importlib
 import inspect
@@ -32,6 +33,7 @@ MESSAGE_LIMIT = 2**20
 DESCRIPTIONS = 2**16  # characters of signatures, and of docstrings, that are told of a class
 PR_SET_PDEATHSIG = 1
 PR_SET_NAME = 15
+PASSED = 3  # descriptors that come with a request: the worker's pipe, its output's, and its outbox's memory
 OOM_SCORE = 500  # when memory runs out the kernel ends a worker, never the daemon
 
 
@@ -73,10 +75,13 @@ class Started(msgspec.Struct, frozen=True, tag=True):
 
 
 class Exited(msgspec.Struct, frozen=True, tag=True):
-    """A worker is gone: `status` is its exit status, or minus the number of the signal that ended it."""
+    """A worker is gone: `status` is its exit status, or minus the number of the signal that ended it; or it never was,
+    since there was a problem.
+    """
 
     slot: int
     status: int
+    problem: str = ""
 
 
 Message = Loaded | Unusable | Started | Exited
@@ -94,9 +99,9 @@ def main(sock: socket.socket) -> None:
     except ConfigError as error:
         cause = error.__cause__
         reply: Message = Unusable(str(error), worker.describe(cause) if cause else "")
-        sock.send(msgspec.json.encode(reply))
+        _send(sock, reply)
         return
-    sock.send(msgspec.json.encode(Loaded(describe_targets(attributes))))
+    _send(sock, Loaded(describe_targets(attributes)))
     serve(sock, Claims(claims_fd), attributes, spec.settings)
 
 
@@ -163,26 +168,27 @@ def serve(sock: socket.socket, claims: Claims, attributes: object, settings: wor
                 _send(sock, Exited(slot, reap(pid)))
                 continue
             try:
-                data, fds, _, _ = socket.recv_fds(sock, 64, 3)
+                data, fds, _, _ = socket.recv_fds(sock, 64, PASSED)
             except ConnectionResetError:  # the daemon was killed with messages of ours unread
                 data = b""
             if not data:
                 os._exit(0)
+            slot = int(data)
             try:
-                pid = os.fork()
-            except OSError:  # too many processes: the pool tries again later
-                pid = -1
-            if pid == 0:
-                run_worker(int(data), fds, sock, children, claims, attributes, settings)
-            for descriptor in fds:
-                os.close(descriptor)
-            if pid < 0:
-                _send(sock, Exited(int(data), 1))
+                if len(fds) < PASSED:  # our limit kept them out
+                    raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+                if (pid := os.fork()) == 0:
+                    run_worker(slot, fds, sock, children, claims, attributes, settings)
+            except OSError as error:  # the pool tries again later
+                _send(sock, Exited(slot, 1, f"the fork server has no room for it: {error.strerror}"))
                 continue
+            finally:
+                for descriptor in fds:
+                    os.close(descriptor)
             pidfd = os.pidfd_open(pid)
-            children[pidfd] = (int(data), pid)
+            children[pidfd] = (slot, pid)
             poll.register(pidfd, select.POLLIN)
-            _send(sock, Started(int(data), pid))
+            _send(sock, Started(slot, pid))
 
 
 def _send(sock: socket.socket, message: Message) -> None:
@@ -206,7 +212,7 @@ def run_worker(
     attributes: object,
     settings: worker.Settings,
 ) -> None:
-    """Be a worker, in the forked child; never returns. `fds`: its pipe, its output's, and its outbox's memory."""
+    """Be a worker, in the forked child; never returns. `fds`: as they were PASSED."""
     status = 1
     try:
         parent = os.getppid()
