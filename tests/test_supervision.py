@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING
 import pytest
 from daemon_process import Daemon, job, wait_until
 
-from workerd import generation
+from workerd import generation, worker
+from workerd.claims import Claims
+from workerd.forkserver import ForkServer, make_spec
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -358,6 +360,24 @@ def test_a_fork_server_without_descriptors_keeps_its_workers(daemon: Daemon) -> 
     daemon.wait_until(lambda status: status["workers"]["idle"] == 2, "both")
     assert second in daemon.workers()
     assert "Traceback" not in daemon.log
+
+
+def test_a_fork_server_that_nobody_waits_for_any_more_ends_quietly(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The daemon gives up while the class is imported: the fork server has nobody to tell, and prints nothing."""
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    (tmp_path / "slow.py").write_text(
+        f"open({str(fifo)!r}).read()\nclass T:\n    def echo(self, value): return value\n"
+    )
+    claims = Claims.open(None)
+    server = ForkServer.start(make_spec("slow:T", [tmp_path], worker.Settings()), claims.fd)
+    with fifo.open("w"):  # it imports the module by now
+        server.socket.close()
+    assert server.process is not None
+    assert server.process.wait(60) == 0
+    assert capfd.readouterr() == ("", "")
 
 
 def test_descriptions_that_are_too_long_or_cannot_be_shown(tmp_path: Path) -> None:
