@@ -731,6 +731,25 @@ def test_dead(workerd: Cli, tmp_path: Path) -> None:
         assert run().out == "There are no dead jobs.\n"
 
 
+@pytest.mark.parametrize("arguments", ["1e999", "7" * 5000, '{"a": [-1e999]}'])
+def test_no_dead_job_hides_the_others(workerd: Cli, tmp_path: Path, arguments: str) -> None:
+    """Arguments that no Python can hold are told as they were written, and the other dead jobs as ever."""
+    with Daemon(tmp_path, CLASS) as daemon, daemon.connect() as client:
+
+        def run(*arguments: str) -> Done:
+            return workerd("dead", *arguments, "--socket", daemon.socket)
+
+        client.send(f'{{"target": "fail", "arguments": {arguments}, "id": "odd"}}\n'.encode())
+        assert client.recv()["status"] == "accepted"
+        assert client.request({"target": "fail", "arguments": "other", "id": "even"})["status"] == "accepted"
+        daemon.wait_until(lambda status: status["jobs"]["dead"] == 2, "both are dead")
+        done = run()
+        assert (done.status, done.err) == (0, "")
+        assert sorted(line.split()[0] for line in done.out.splitlines()[1:]) == ["even", "odd"]
+        assert f'"arguments":{arguments},' in run("--json").out
+        assert f"arguments  {arguments}\n" in run("odd").out
+
+
 def test_wait_and_the_daemon_goes(workerd: Cli, socket: Path) -> None:
     """Who waits for a result when the daemon goes is told that the job is accepted and the result lost."""
     with FakeDaemon(socket, say({"id": "h", "status": "accepted"})):

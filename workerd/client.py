@@ -20,6 +20,7 @@ from workerd.connection import DEFAULT_SOCKET, connect
 from workerd.errors import Refusal, UnavailableError, WorkerdError, shown
 from workerd.lines import JobLines
 from workerd.pipeline import Pipeline
+from workerd.protocol import shape
 from workerd.replies import ENDED, Failure, Reply, Summary, decode_reply, unintelligible
 
 if TYPE_CHECKING:
@@ -48,11 +49,26 @@ class _Answer(msgspec.Struct):
     """The reply to a command."""
 
     command: str | None = None
-    result: Any = None
+    result: msgspec.Raw = msgspec.Raw(b"null")
     error: Failure | None = None
 
 
 _decode_answer = msgspec.json.Decoder(_Answer).decode
+
+
+def _decode_result(raw: msgspec.Raw, levels: int = 3) -> Any:
+    """The value, but for what this Python cannot hold of it: the arguments of one dead job, three levels down, may be
+    a number that is too large, and must not hide all others. They stay as they were written.
+    """
+    try:
+        return msgspec.json.decode(raw)
+    except (msgspec.MsgspecError, ValueError, RecursionError):
+        if not levels:
+            return raw
+    value = shape(bytes(raw))
+    if isinstance(value, dict):
+        return {name: _decode_result(part, levels - 1) for name, part in value.items()}
+    return [_decode_result(part, levels - 1) for part in value]
 
 
 class Client:
@@ -154,17 +170,21 @@ class Client:
         return pipeline.run()
 
     def command(self, name: str, **fields: Any) -> Any:
-        """The result of a command: ping, status, targets or dead. Raises Refusal or UnavailableError."""
+        """The result of a command: ping, status, targets or dead. Raises Refusal or UnavailableError.
+
+        Arguments of a dead job that this Python cannot hold, as 1e999, are left as `msgspec.Raw`.
+        """
         line = self._exchange({"command": name, **fields})
         try:
             answer = _decode_answer(line)
+            result = _decode_result(answer.result)
         except (msgspec.MsgspecError, ValueError, RecursionError):
             raise unintelligible(self.path, line) from None
         if answer.error:
             raise Refusal(answer.error.code, answer.error.message)
         if answer.command != name:
             raise unintelligible(self.path, line)
-        return answer.result
+        return result
 
     def _exchange(self, request: dict[str, Any]) -> bytes:
         """Send one line; the next line that is not the result of an earlier job."""
