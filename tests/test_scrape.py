@@ -6,9 +6,10 @@ import contextlib
 import gzip
 import http.client
 import logging
+import select
 import socket
 import threading
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from daemon_process import wait_until
@@ -128,8 +129,47 @@ def test_a_failing_collector_is_500_and_logged(
     assert "disk on fire" in caplog.text
 
 
-def test_slow_clients_do_not_pile_up(service: Service) -> None:
+@pytest.mark.parametrize("kind", ["application/openmetrics-text", "text/plain"])
+@pytest.mark.parametrize("version", ["abc", "x.y", "1..0", '"1.0.0"', "1.0.0\x0bx", "", "1", "1" * 5000, "\xb2.0.0"])
+def test_odd_versions_are_no_errors(
+    service: Service, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, kind: str, version: str
+) -> None:
+    """Whoever asks for a version that there is not gets text, and nothing into the log: anybody on the host may ask."""
+    monkeypatch.setattr(logging.getLogger("workerd"), "propagate", True)
+    status, headers, _ = service.ask("/metrics", Accept=f"{kind};version={version}")
+    assert (status, headers["Content-Type"].split(";")[0]) == (200, "text/plain")
+    assert caplog.text == ""
+
+
+def test_a_flood_is_answered_at_a_pace(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some answers are given at once, those that are asked for on top of them later; that does not delay a stop."""
+    service = Service()
+    waits: list[Any] = []
+    wait = select.select
+
+    def note(*arguments: Any) -> Any:
+        waits.append(arguments)
+        return wait(*arguments)
+
+    monkeypatch.setattr(scrape, "PACE", 3600.0)
+    monkeypatch.setattr(select, "select", note)
+    try:
+        for _ in range(scrape.BURST):
+            assert service.ask("/healthz")[0] == 200
+        late = [service.connect() for _ in range(scrape.BURST // 2)]
+        for sock in late:
+            sock.sendall(b"GET /healthz HTTP/1.1\r\n\r\n")
+        wait_until(lambda: waits, "the next is not served yet")
+    finally:
+        service.server.stop()
+    for sock in late:
+        with sock, contextlib.suppress(ConnectionResetError):
+            assert sock.recv(1) == b""
+
+
+def test_slow_clients_do_not_pile_up(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
     """More silent clients than allowed: the oldest are cut off, and a scrape is answered all the same."""
+    monkeypatch.setattr(scrape, "PACE", 0.0)
     before = threading.active_count()
     silent = [service.connect() for _ in range(4 * scrape.MAX_CONNECTIONS)]
     try:

@@ -1,7 +1,8 @@
 """The HTTP server for `/metrics`, `/healthz` and `/readyz`, on threads of its own.
 
 It sleeps while nobody asks, and nobody can make it hold more than a few connections: a client has `TIMEOUT` seconds
-for each step, and where more are connected at a time, the oldest is cut off.
+for each step, and where more are connected at a time, the oldest is cut off. Anybody on the host may ask, and each
+answer takes the interpreter from the event loop for a while: so after a few they are given at a leisurely pace.
 """
 
 from __future__ import annotations
@@ -9,12 +10,15 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import math
 import os
+import re
 import select
 import socket
 import socketserver
 import sys
 import threading
+import time
 from typing import TYPE_CHECKING, Any
 from wsgiref.simple_server import WSGIRequestHandler
 
@@ -36,6 +40,10 @@ logger = logging.getLogger("workerd")
 TIMEOUT = 10.0  # seconds a client may take to send its request, and to read the answer
 MAX_CONNECTIONS = 16
 TEXT = ("Content-Type", "text/plain; charset=utf-8")
+PACE = 0.05  # seconds for each connection ...
+BURST = 16  # ... but for so many that come together after a quiet time
+# In an Accept header; prometheus_client raises at these.
+ODD_VERSION = re.compile(r"version=(?!\d{1,3}(\.\d{1,3}){1,2}\s*([;,]|\Z))", re.ASCII)
 PAUSE = 1.0  # seconds without accepting when that fails, as when file descriptors have run out
 
 
@@ -93,7 +101,9 @@ class App:
             if method not in ("GET", "HEAD"):
                 body = plain(keep, "405 Method Not Allowed", "GET and HEAD only", ("Allow", "GET, HEAD"))
             elif path == "/metrics":
-                body = b"".join(self._metrics({**environ, "REQUEST_METHOD": "GET"}, keep))
+                accept = environ.get("HTTP_ACCEPT", "")
+                wanted = {"REQUEST_METHOD": "GET", "HTTP_ACCEPT": "" if ODD_VERSION.search(accept) else accept}
+                body = b"".join(self._metrics({**environ, **wanted}, keep))
             elif (check := self._checks.get(path)) is not None:
                 well, text = check()
                 body = plain(keep, "200 OK" if well else "503 Service Unavailable", text)
@@ -141,6 +151,7 @@ class Server(ThreadingWSGIServer):
         self._woken, self._waker = socket.socketpair()
         self._connections: dict[socket.socket, None] = {}  # oldest first
         self._lock = threading.Lock()
+        self._paid = -math.inf  # monotonic time up to which those that came have had their share
 
     def serve(self) -> None:
         """Accept connections until woken. socketserver's own loop looks at a flag twice a second instead."""
@@ -148,7 +159,15 @@ class Server(ThreadingWSGIServer):
         poll.register(self._woken, select.POLLIN)
         poll.register(self.socket, select.POLLIN)
         while self._woken.fileno() not in dict(poll.poll()):
-            self.handle_request()
+            if self._take_time():
+                self.handle_request()
+
+    def _take_time(self) -> bool:
+        """Wait until it is time for one more; False if we are woken meanwhile."""
+        now = time.monotonic()
+        self._paid = max(self._paid, now - BURST * PACE) + PACE
+        wait = max(0.0, self._paid - now)
+        return not wait or not select.select([self._woken], [], [], wait)[0]
 
     def wake(self) -> None:
         """End `serve`; from any thread."""
