@@ -219,6 +219,17 @@ def test_lines_cannot_be_forged(capfd: pytest.CaptureFixture[str]) -> None:
     assert second == r"    2026-01-01 00:00:00.000 error forged\r\x1b[2Jgone\x85\u2028\u202ex\udcff"
 
 
+@pytest.mark.parametrize("hidden", "\u200b\u200f\u061c\u2060\ufeff\u00ad\u180e\ufff9\U000e0041\u2066\x9b")
+def test_nothing_in_a_line_is_invisible(hidden: str) -> None:
+    """Two ids that differ do not look alike in the log, nor do they turn the text around them."""
+    record = logging.LogRecord("workerd", logging.INFO, "file.py", 1, f"caf\u00e9 {hidden}", None, None)
+    record.job = f"order{hidden}-1041"
+    text = log.line(record, log.message(record))
+    assert text.isprintable()
+    assert hidden not in text
+    assert text.startswith("caf\u00e9 \\")
+
+
 @given(st.text(), st.text(min_size=1))
 def test_every_further_line_is_indented(text: str, job: str) -> None:
     """For any text at all: only the first line begins at column 0, and there is no other kind of line end."""
