@@ -388,7 +388,7 @@ def bury(spool: Spool) -> list[Job]:
 
 def test_dead_jobs_are_listed_in_pages(spool: Spool) -> None:
     """The dead are listed by seq from behind a cursor, of one target, one user or all, with the total, and whether
-    more follow; a page ends when its arguments are many bytes.
+    more follow; a page ends when its arguments and errors are many bytes.
     """
     jobs = bury(spool)
 
@@ -402,7 +402,8 @@ def test_dead_jobs_are_listed_in_pages(spool: Spool) -> None:
     assert page({"target": "c"}, 0, 4, PLENTY) == ([], 0, False)
     assert page({"uid": 1001}, 0, 4, PLENTY) == (seqs([jobs[1], jobs[3], jobs[5]]), 3, False)
     assert page({"uid": 1001, "target": "a"}, 0, 4, PLENTY) == ([], 0, False)
-    assert page({}, 0, 6, 2 * len(jobs[0].arguments)) == (seqs(jobs[:3]), 6, True)
+    assert page({}, 0, 6, 2 * (len(jobs[0].arguments) + len(ERROR))) == (seqs(jobs[:3]), 6, True)
+    assert page({}, 0, 6, 2 * len(ERROR)) == (seqs(jobs[:2]), 6, True)
     assert page({}, 0, 6, 0) == (seqs(jobs[:1]), 6, True)
 
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from workerd.rows import DeadJob
     from workerd.session import Reply
 
-PAGE_BYTES = 4 * 2**20  # of arguments, after which a page of dead jobs ends
+PAGE_BYTES = 4 * 2**20  # of arguments and errors, after which a page of dead jobs ends
 REVIVE_JOBS = 50_000  # dead jobs that are made ready again in one transaction
 
 

@@ -89,7 +89,11 @@ WHERE {{chosen}} GROUP BY uid
 PEEK = "SELECT json_group_array(json_array(seq, size)) FROM (SELECT seq, length(arguments) AS size FROM jobs "
 PEEK_READY = f"{PEEK} WHERE state = 0 AND priority = ? AND seq > ? ORDER BY seq LIMIT ?)"
 PEEK_SCHEDULED = f"{PEEK} WHERE state = 1 AND (ready_at, seq) > (?, ?) ORDER BY ready_at, seq LIMIT ?)"
-PEEK_DEAD = f"{PEEK} WHERE state = 4 AND seq > :after AND {{chosen}} ORDER BY seq LIMIT :limit)"
+PEEK_DEAD = (
+    "SELECT json_group_array(json_array(seq, size)) FROM ("
+    "SELECT seq, length(arguments) + coalesce(length(error), 0) AS size FROM jobs "
+    "WHERE state = 4 AND seq > :after AND {chosen} ORDER BY seq LIMIT :limit)"
+)
 # A job that the daemon had named is given that name as its key, unless a client has taken it.
 REVIVE = """
 UPDATE jobs SET (seq, key, ready_at, state, attempts, crashes, error, ended)

@@ -164,7 +164,7 @@ class Spool:
     ) -> tuple[list[DeadJob], int, bool]:
         """A page of the dead jobs by seq, how many there are in all, and whether more follow.
 
-        The last of a page is the one whose arguments pass `max_bytes`, if one does.
+        The last of a page is the one whose arguments and error pass `max_bytes`, if one does.
         """
         chosen, values = self._chosen(selection)
         with self._reading():
