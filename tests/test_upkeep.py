@@ -381,6 +381,21 @@ class T:
         db.close()
 
 
+def test_an_export_is_harmless_on_a_terminal(path: Path) -> None:
+    """It is there to be looked at: what is not printable is an escape, which says the same."""
+    evil = "\x7f\u009b2J\u202e\u200b\U000e0041"
+    spool = Spool.open(path)
+    spool.commit(
+        Changes(keyed=[Job(spool.first_seq, "target", f'[1,\t"{evil}"]\r'.encode(), Options(), NOW, NOW, key=evil)])
+    )
+    spool.close()
+    told = subprocess.run(
+        [sys.executable, "-m", "workerd", "export", str(path)], capture_output=True, encoding="utf-8", check=True
+    ).stdout
+    assert told.removesuffix("\n").isprintable()
+    assert [json.loads(told)[name] for name in ("id", "arguments")] == [evil, [1, evil]]
+
+
 def test_what_is_no_spool_is_not_exported(tmp_path: Path, path: Path, old: Path) -> None:
     """A missing file, another file, another program's database: one line each. An older spool is read as it is."""
     (tmp_path / "text").write_text("hello\n" * 1000)

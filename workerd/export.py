@@ -17,7 +17,7 @@ import msgspec
 from workerd.errors import Exit, WorkerdError
 from workerd.job import Options, State
 from workerd.spoolfile import APPLICATION_ID
-from workerd.terminal import complain, count
+from workerd.terminal import complain, count, json_text
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -149,6 +149,6 @@ def _line(row: tuple[Any, ...], identity: str) -> str | None:
         request = {"target": target, "arguments": msgspec.Raw(arguments), "id": key or f"{identity}-{seq:x}", **given}
         if (delay := ready_at - time.time()) > 0:
             request["delay"] = delay
-        return msgspec.json.encode(request).decode() + "\n"
+        return json_text(msgspec.json.encode(request)) + "\n"  # which is read before it is submitted
     except (msgspec.MsgspecError, UnicodeError, RecursionError, AttributeError, TypeError, ValueError):
         return None

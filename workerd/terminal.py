@@ -52,6 +52,8 @@ def json_text(data: bytes, *, pretty: bool = False) -> str:
 def _escape_json(character: str) -> str:
     if character.isprintable():
         return character
+    if character in "\t\r":  # which is between two values: in a string it would be an escape already
+        return " "
     units = character.encode("utf-16-be")
     return "".join(f"\\u{units[i]:02x}{units[i + 1]:02x}" for i in range(0, len(units), 2))
 
