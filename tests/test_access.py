@@ -472,3 +472,26 @@ def test_no_id_ends_the_daemon(tmp_path: Path) -> None:
         assert client.request({"command": "dead", "id": huge})["error"]["code"] == "not_found"
         assert client.request(job("echo", id=huge))["status"] == "accepted"
         assert client.request(job("echo", id=huge))["status"] == "duplicate"
+
+
+def test_nobody_takes_the_name_of_a_later_job(tmp_path: Path) -> None:
+    """An id that the daemon has yet to give is refused, alone and in an array; one that it has given is a duplicate,
+    also while its job runs, or once it has ended. So no two dead jobs have one name.
+    """
+    with Daemon(tmp_path, SOURCE) as daemon, daemon.connect() as client:
+        first = client.request(job("echo"))["id"]
+        prefix, _, number = first.rpartition("-")
+        later = [f"{prefix}-{int(number, 16) + ahead:x}" for ahead in (1, 2, 3, 2**40)]
+        for name in later:
+            refused = client.request(job("fail", "thief", id=name))
+            assert (refused["error"]["code"], refused["id"]) == ("bad_request", name)
+            refused = client.batch([job("echo"), job("fail", "thief", id=name)])
+            assert refused["error"]["message"].startswith("$[1].id: ")
+        assert client.request(job("fail", "thief", id=first))["status"] == "duplicate"
+        running = client.request(job("sleep", 3600))["id"]
+        assert client.request(job("fail", "thief", id=running))["status"] == "duplicate"
+        names = [client.request(job("fail", "own"))["id"] for _ in later]
+        status = daemon.wait_until(lambda status: status["jobs"]["dead"] >= len(names))
+        assert status["jobs"]["dead"] == len(names)
+        for name in names:
+            assert "own" in daemon.command("dead", name).stdout

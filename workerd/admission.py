@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import logging
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
-from msgspec import UNSET
+from msgspec import UNSET, UnsetType
 
 from workerd import clock, protocol
 from workerd.access import Access
@@ -31,6 +31,7 @@ QUOTA_EXCEEDED = (
     "user {} may have no more than {} jobs with {} bytes, dead ones included ([access] user_jobs, user_bytes); "
     "try again later"
 )
+RESERVED = "the id {} is one that this daemon has yet to give to a job without an id; take another"
 DRAINING = "the daemon is stopping; send the job again when it is back"
 FORBIDDEN = "user {} may not {}; whoever administers this daemon may allow it ([access])"
 MOST_VIEWS = 1024
@@ -108,6 +109,10 @@ class Admission:
             code, message = self._missing(requests[missing[0]].target, peer)
             answer.refuse_all(requests, code, f"$[{missing[0]}].target: {message}")
             return
+        if batch and (reserved := [i for i, job in enumerate(requests) if self._is_reserved(job.id)]):
+            message = RESERVED.format(shown(requests[reserved[0]].id))
+            answer.refuse_all(requests, Code.BAD_REQUEST, f"$[{reserved[0]}].id: {message}")
+            return
         if isinstance(request, protocol.Single) and request.plain:
             jobs = self._plain_jobs(request.jobs[:room], answer, allowed, now)
         else:
@@ -178,6 +183,11 @@ class Admission:
                 engine.metrics.rejected(code, 1)
                 answer.refuse(protocol.refusal(code, message, None if request.id is UNSET else request.id))
                 continue
+            if self._is_reserved(request.id):
+                engine.metrics.rejected(Code.BAD_REQUEST, 1)
+                message = RESERVED.format(shown(request.id))
+                answer.refuse(protocol.refusal(Code.BAD_REQUEST, message, cast("str", request.id)))
+                continue
             name, options = target
             if request.has_options():
                 options = options.override(request)
@@ -194,6 +204,14 @@ class Admission:
                 job.key = request.id
             answer.add(job)
         return jobs
+
+    def _is_reserved(self, key: str | UnsetType) -> bool:
+        """Whether a later job will have this name: two jobs of one name could not be told apart."""
+        engine = self.engine
+        if key is UNSET or not key.startswith(engine.prefix):
+            return False
+        seq = engine.writer.spool.seq_of(key)
+        return seq is not None and seq >= engine.next_seq
 
     def _missing(self, target: str, peer: Peer) -> tuple[Code, str]:
         """Why the peer may submit no job of the target."""

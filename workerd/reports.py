@@ -190,8 +190,8 @@ def _submitter(job: dict[str, Any]) -> str:
 
 def show_dead(client: Client, ids: Sequence[str], *, as_json: bool) -> Exit:
     """Show some dead jobs. Raises Refusal for an id that none of them has."""
-    for place, job_id in enumerate(ids):
-        (job,) = client.command("dead", id=job_id)["jobs"]
+    # an older version let a client take the name of a later job: then there are two
+    for place, job in enumerate(job for job_id in ids for job in client.command("dead", id=job_id)["jobs"]):
         if as_json:
             print(json_text(msgspec.json.encode(job)))
         else:

@@ -1,7 +1,7 @@
 """The spool: every accepted job that has not ended, the dead ones, and the ids that clients gave, in SQLite.
 
-Methods block and are called from one thread; `size`, `identity` and `first_seq` may be read from any. All raise
-SpoolError, after which nothing of the call has happened and the next may be tried. No policy is decided here.
+Methods block and are called from one thread; `size`, `seq_of`, `identity` and `first_seq` may be used on any. All
+raise SpoolError, after which nothing of the call has happened and the next may be tried. No policy is decided here.
 """
 # ruff: noqa: S608 - statements are made of constants, and values bound to them
 
@@ -213,9 +213,12 @@ class Spool:
     # --- inside -------------------------------------------------------------------------------------------
 
     def _is_named(self, key: str) -> bool:
-        """Whether there is a job that the daemon itself has given this name."""
+        """Whether there is a job that the daemon itself has given this name; in this opening it need not be stored."""
         seq = self.seq_of(key) if key.startswith(self.identity) else None
-        return seq is not None and bool(self._one("SELECT count(*) FROM jobs WHERE seq = ? AND key IS NULL", (seq,)))
+        return seq is not None and (seq >= self.first_seq or self._has_named(seq))
+
+    def _has_named(self, seq: int) -> bool:
+        return bool(self._one("SELECT count(*) FROM jobs WHERE seq = ? AND key IS NULL", (seq,)))
 
     def _usage(self, chosen: str, values: Mapping[str, Any]) -> Stored:
         found = self._db.execute(rows.USAGE.format(chosen=chosen), values).fetchall()
