@@ -70,7 +70,9 @@ def code(reply: Any) -> str:
 
 @needs_root
 def test_the_kernel_tells_user_process_and_all_groups(short_path: Path) -> None:
-    """The uid and pid of a peer, its primary group and the others, however many; not what it is afterwards."""
+    """The uid and pid of a peer, its primary group and the others, however many; not what it is afterwards. Nothing
+    is kept of groups that do not matter: a thousand connections with all that there are would be gigabytes.
+    """
     many = set(range(70000, 72000))
     short_path.chmod(0o755)
     with socket.socket(socket.AF_UNIX) as listener:
@@ -82,7 +84,9 @@ def test_the_kernel_tells_user_process_and_all_groups(short_path: Path) -> None:
                 with somebody(ALICE, *groups):
                     client.connect(str(short_path / "socket"))
                 with listener.accept()[0] as accepted:
-                    assert Peer.of(accepted) == Peer(Submitter(ALICE, os.getpid()), frozenset({OTHERS, *groups}))
+                    found = Peer.of(accepted, frozenset({OTHERS, BOB, *groups}))
+                    assert found == Peer(Submitter(ALICE, os.getpid()), frozenset({OTHERS, *groups}))
+                    assert Peer.of(accepted, frozenset({BOB})).groups == frozenset()
 
 
 def test_rules_are_the_most_particular_ones() -> None:
@@ -188,12 +192,17 @@ def test_a_reload_changes_the_rules_for_open_connections(tmp_path: Path) -> None
     with (
         open_daemon(tmp_path, access=rules) as daemon,
         connect(daemon, ALICE) as alice,
-        connect(daemon, BOB) as bob,
+        connect(daemon, BOB, STAFF) as bob,
     ):
         assert [code(client.request(job("echo"))) for client in (alice, bob)] == ["accepted", "forbidden"]
-        daemon.configure(access={"submit": [str(BOB)]})
-        daemon.reload()
-        assert [code(client.request(job("echo"))) for client in (alice, bob)] == ["forbidden", "accepted"]
+        for who in (str(BOB), f"@{STAFF}"):
+            daemon.configure(access={"submit": [who], "targets": {"wipe": [str(ALICE)]}})
+            daemon.reload()
+            assert [code(client.request(job("echo"))) for client in (alice, bob)] == ["forbidden", "accepted"]
+            daemon.configure(access={"submit": [f"@{OTHERS}"], "targets": {"echo": [str(ALICE)]}})
+            daemon.reload()
+            assert [code(client.request(job("echo"))) for client in (alice, bob)] == ["accepted", "forbidden"]
+            assert [code(client.request(job("fail"))) for client in (alice, bob)] == ["accepted", "accepted"]
 
 
 @needs_root

@@ -13,6 +13,7 @@ import os
 import pwd
 import socket
 import struct
+from itertools import chain
 from typing import TYPE_CHECKING, Annotated, Any
 
 from msgspec import Struct
@@ -21,6 +22,7 @@ from workerd.job import Submitter
 from workerd.values import key, size, string
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from pathlib import Path
 
 SO_PEERGROUPS = 59  # asm-generic/socket.h; the socket module has no name for it
@@ -32,16 +34,19 @@ WHO = 'a list of users, and groups as "@staff", or ["*"] for whoever may connect
 
 
 class Peer(Struct, frozen=True):
-    """Who is at the other end of a connection, as the kernel noted when it was made (unix(7))."""
+    """Who is at the other end of a connection, as the kernel noted when it was made (unix(7)).
+
+    `groups` are those that matter: of all that somebody may have, a set takes 6 MB.
+    """
 
     submitter: Submitter
     groups: frozenset[int]
 
     @classmethod
-    def of(cls, sock: socket.socket) -> Peer:
-        """The peer of a Unix socket. Raises OSError."""
+    def of(cls, sock: socket.socket, groups: frozenset[int]) -> Peer:
+        """The peer of a Unix socket, and which of these groups it is in. Raises OSError."""
         pid, uid, gid = CREDENTIALS.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, CREDENTIALS.size))
-        return cls(Submitter(uid, pid), frozenset({gid, *_groups(sock)}))
+        return cls(Submitter(uid, pid), groups.intersection(chain((gid,), _groups(sock))))
 
     @property
     def uid(self) -> int:
@@ -52,7 +57,7 @@ class Peer(Struct, frozen=True):
         return self.uid in {ROOT, os.geteuid()}
 
 
-def _groups(sock: socket.socket) -> list[int]:
+def _groups(sock: socket.socket) -> Iterable[int]:
     """All groups of the peer but the primary one."""
     try:
         data = sock.getsockopt(socket.SOL_SOCKET, SO_PEERGROUPS, 1024)
@@ -62,8 +67,8 @@ def _groups(sock: socket.socket) -> list[int]:
         libc = ctypes.CDLL(None, use_errno=True)
         if libc.getsockopt(sock.fileno(), socket.SOL_SOCKET, SO_PEERGROUPS, groups, ctypes.byref(length)) != 0:
             raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno())) from None
-        return list(groups[: length.value // ctypes.sizeof(ctypes.c_uint32)])
-    return [number for (number,) in struct.iter_unpack("@I", data)]
+        return memoryview(groups).cast("B").cast("I")[: length.value // ctypes.sizeof(ctypes.c_uint32)]
+    return memoryview(data).cast("I")
 
 
 class Subjects(Struct, frozen=True):
@@ -137,6 +142,10 @@ class Access(Struct, frozen=True, kw_only=True):
 
     def may_administer(self, peer: Peer) -> bool:
         return peer.trusted() or self.administer.include(peer)
+
+    def groups(self) -> frozenset[int]:
+        """All groups that any of it is about."""
+        return frozenset().union(*(who.groups for who in (self.submit, self.administer, *self.targets.values())))
 
     def limits_jobs(self) -> bool:
         """Whether what each user has queued must be counted."""

@@ -227,6 +227,7 @@ class Daemon:
         names = [target.name for target in generation.targets]
         self.metrics.set_targets(names)
         self.admission.use({name: (name, settings.options(name)) for name in names}, settings.access)
+        self.feeder.use_groups(settings.access.groups())
         queue = self.engine.queue
         queue.max_jobs = settings.spool.max_jobs
         if queue.quotas is not None:

@@ -47,6 +47,16 @@ class Feeder:
             lambda: Session(self.flow, handle, self._admit, self._forget), sock=self._socket, backlog=BACKLOG
         )
 
+    def use_groups(self, groups: frozenset[int]) -> None:
+        """From now on these matter, also for who is connected."""
+        self.flow.groups = groups
+        for session in self._sessions:
+            if not session.gone():
+                try:
+                    session.identify()
+                except OSError:
+                    session.cut_off()
+
     def _admit(self, session: Session) -> str | None:
         peer, trusted = session.peer, session.peer.trusted()
         if 0 < self.user_connections <= self._users[peer.uid] and not trusted:

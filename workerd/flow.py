@@ -53,6 +53,7 @@ class Flow:
         self.max_line = max_line
         self.pending = 0  # bytes that requests without a reply cost
         self.clients: set[Client] = set()
+        self.groups: frozenset[int] = frozenset()  # that it matters for whether a client is in them
         self._memory = memoryview(bytearray(READ_BYTES))  # what is read from any connection is dealt with at once
         self._unfinished = 0
         self._unread = 0

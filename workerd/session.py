@@ -98,13 +98,18 @@ class Session(asyncio.BufferedProtocol):
         self._transport = transport = cast("asyncio.Transport", transport)  # uvloop's is no subclass of it
         transport.set_write_buffer_limits(high=WRITE_HIGH)
         try:
-            self.peer = Peer.of(transport.get_extra_info("socket"))
+            self.identify()
         except OSError:  # it is gone already
             transport.abort()
             return
         if (full := self._admit(self)) is not None:
             transport.write(protocol.refusal(Code.TOO_MANY_CONNECTIONS, full))
             transport.close()
+
+    def identify(self) -> None:
+        """Learn who the client is, and in which of the groups that matter. Raises OSError."""
+        assert self._transport is not None
+        self.peer = Peer.of(self._transport.get_extra_info("socket"), self._flow.groups)
 
     @property
     def uid(self) -> int:
