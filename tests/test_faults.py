@@ -193,6 +193,42 @@ def test_a_job_that_is_dead_without_a_reason_is_noticed(tmp_path: Path) -> None:
     assert len(audit(tmp_path, one(REFUSED), ONCE).wrong) == 1
 
 
+def test_a_job_that_is_dead_before_its_attempts_are_used_is_noticed(tmp_path: Path) -> None:
+    """It may raise twice more: it must not be given up after the first time."""
+    raised, failed = ONCE.replace("ok", "raised"), Told("failed", 1, 0, "")
+    assert len(audit(tmp_path, one(ACCEPTED, "flaky", max_attempts=3), raised, job1=failed).innocent) == 1
+
+
+@pytest.mark.parametrize(
+    ("alive", "pauses", "noticed"),
+    [
+        (1500, [], False),  # before its end
+        (10**9 // 2, [], False),  # so soon after it that it may have been on its way
+        (LATER, [], True),
+        (LATER, [Pause(2000, LATER)], False),
+        (LATER, [Pause(2000, LATER // 4)] * 5, True),  # the same time, not five times as much
+    ],
+)
+def test_a_result_that_never_came_before_the_connection_was_cut_is_noticed(
+    tmp_path: Path, alive: int, pauses: list[Pause], noticed: bool
+) -> None:
+    """The job had ended long before, and nothing stood still since."""
+    path, jobs = tmp_path / "ledger", one(ACCEPTED, "result", reply="result")
+    path.write_text(ONCE)
+    found = Audit(jobs, Ledger(path), {}, [], pauses).never_came([(jobs.by_number[1], alive)])
+    assert len(found) == noticed
+
+
+def test_an_innocent_job_that_is_charged_is_noticed(tmp_path: Path) -> None:
+    """Jobs end their workers among quick ones that may not be charged once; no fault could have done it."""
+    with Campaign(tmp_path, SEED) as campaign:
+        campaign.begin()
+        campaign.crash(2.0)
+        found = campaign.end()
+        assert found.bad == []
+        assert found.dead["crashed"] == found.harmful > 5
+
+
 def test_the_campaign_can_be_imported_without_the_product_changed() -> None:
     """The points are in the daemon's processes only: not in whoever runs the campaign."""
     assert not any(type(finder).__module__ == "faults.points" for finder in sys.meta_path)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 # promised is tens of milliseconds; this is for machines that are busy with something else.
 WORKER_SLACK = 1.0
 DAEMON_SLACK = 2.0
+RESULT_SLACK = 1.0  # a client hears of the end, likewise
 ORPHAN = 1  # the parent of a worker whose fork server is gone, which is about to follow it
 NASTY_KILL = 10**9  # ns within which a job that kills has done so
 
@@ -48,6 +49,7 @@ class Findings:
 
     def __init__(self) -> None:
         self.submitted = self.acknowledged = self.ran = self.runs = 0
+        self.harmful = 0  # jobs that mean harm, and came to run
         self.dead: Counter[str] = Counter()
         self.again: Counter[str] = Counter()  # runs beyond the first, by what explains them
         self.latest = (0, "")  # ns, at most, between a job's end and the death of a daemon that had not written it
@@ -82,7 +84,7 @@ class Audit:
         self.jobs = jobs
         self.ledger = ledger
         self.dead = dead
-        self.pauses = pauses
+        self.pauses = merged(pauses)
         self.found = Findings()
         self.deaths = list(deaths)
         for number, runs in ledger.runs.items():
@@ -120,6 +122,7 @@ class Audit:
             found.acknowledged += 1
         elif job.state == REFUSED and runs:
             found.wrong.append(f"{named(job)} was refused, and ran")
+        found.harmful += bool(runs) and job.target in NASTY
         failed: list[Run] = []
         for run, following in pairwise(runs):
             why = self._why_again(job, run, following.begin)
@@ -155,6 +158,20 @@ class Audit:
             return WHY[death.what]
         return None
 
+    def never_came(self, waiting: Sequence[tuple[Submitted, int]]) -> list[str]:
+        """Results that never came on connections that were cut, though the daemon answered long after; with when (ns)."""
+        found = []
+        for job, alive in waiting:
+            ended = [run.end for run in self.ledger.runs.get(job.number, []) if run.ok and run.end and run.end < alive]
+            if ended and alive - ended[0] - self._paused(ended[0], alive) > RESULT_SLACK * 1e9:
+                late = (alive - ended[0]) / 1e6
+                found.append(f"the result of {named(job)} had not come {late:.0f} ms after its end")
+        return found
+
+    def _paused(self, since: int, until: int) -> int:
+        """For how long in this time something stood still."""
+        return sum(max(0, min(pause.until, until) - max(pause.since, since)) for pause in self.pauses)
+
     def _unwritten(self, job: Submitted, run: Run, before: int) -> bool:
         """Whether a daemon died before then, and so soon after the run that it need not have written its end."""
         return any(
@@ -168,8 +185,7 @@ class Audit:
     def _soon(self, job: Submitted, run: Run, death: Death) -> bool:
         """Whether it came so soon after the job's end that the end may not have been known."""
         assert run.end is not None
-        late = max(0, death.since - run.end)
-        late -= sum(max(0, min(p.until, death.since) - max(p.since, run.end)) for p in self.pauses)
+        late = max(0, death.since - run.end) - self._paused(run.end, death.since)
         if death.what in {"worker", "fork server"}:
             return (run.next_begin is None or run.next_begin >= death.since) and late <= WORKER_SLACK * 1e9
         if late > DAEMON_SLACK * 1e9:
@@ -190,7 +206,8 @@ class Audit:
             if told.crashes > charges + self.unseen or (told.crashes < job.max_crashes and nasty is None):
                 self.found.innocent.append(about)
         elif told.reason == "failed" and job.target == "flaky":
-            if sum(run.end is not None and not run.ok for run in runs) < told.attempts:
+            failed = sum(run.end is not None and not run.ok for run in runs)
+            if failed < told.attempts or told.attempts < job.max_attempts:
                 self.found.innocent.append(about)
         else:
             self.found.innocent.append(about)
@@ -199,6 +216,17 @@ class Audit:
         at = run.end or run.begin
         near = sorted(self.deaths, key=lambda death: abs(death.since - at))[:2]
         return "nearest: " + ", ".join(f"{d.what} {d.pid} {(d.since - at) / 1e6:+.1f} ms" for d in near)
+
+
+def merged(pauses: Sequence[Pause]) -> list[Pause]:
+    """The same time, but none of it twice."""
+    found: list[Pause] = []
+    for pause in sorted(pauses):
+        if found and pause.since <= found[-1].until:
+            found[-1] = Pause(found[-1].since, max(found[-1].until, pause.until))
+        else:
+            found.append(pause)
+    return found
 
 
 def ends_well(job: Submitted, run: Run) -> bool:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 FAULTS = PROCESSES | DISK
+CRASHES = ("segfault", "kill_self", *["kill_self_among_others"] * 4)
 LARGE = 500 * 2**20  # bytes of a result
 RATES = (150.0, 100.0, 60.0)  # jobs a second of each client
 DRAINED_WITHIN = 120.0  # seconds in which all that is left must have run
@@ -100,6 +101,13 @@ class Campaign:
             self.inject(self.any_fault())
             time.sleep(self.random.random() * 0.3)
 
+    def crash(self, seconds: float) -> None:
+        """Jobs that end their workers, and no faults: what is charged then can be for nobody else's death."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            self.nasty(self.random.choice(CRASHES))
+            time.sleep(self.random.random() * 0.05)
+
     def end(self) -> Findings:
         """All faults are off: let every job end, and audit."""
         self.service.wait_until_it_serves()
@@ -114,7 +122,10 @@ class Campaign:
             self._client_ended(client, ledger)
         dead = self._take_dead()
         self.service.take_hits()
-        found = Audit(self.jobs, ledger, dead, self.service.deaths, self.service.pauses).run()
+        audit = Audit(self.jobs, ledger, dead, self.service.deaths, self.service.pauses)
+        found = audit.run()
+        for client in self.clients:
+            found.wrong += audit.never_came(client.cut)
         found.wrong += self.service.problems
         self.service.problems.clear()
         found.wrong += self._tracebacks()

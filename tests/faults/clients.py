@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import random
 import threading
+import time
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +38,8 @@ class Submitter(threading.Thread):
         self._finishing = threading.Event()
         self._waiting: dict[str, Submitted] = {}  # by id: who is to get a second line on this connection
         self.missing: list[Submitted] = []  # jobs whose second line never came, though nothing was cut
+        self.cut: list[tuple[Submitted, int]] = []  # ... on one that was cut, and when (ns) the daemon was last alive
+        self._alive = 0
 
     def finish(self) -> None:
         """Stop making jobs; the thread ends once all that has an id is answered, and all results have come."""
@@ -55,19 +58,27 @@ class Submitter(threading.Thread):
         try:
             with Client(self._path) as client:
                 while not self._finishing.is_set() or self._again or self.extra:
+                    self._ping(client)  # what is sent to a daemon that is gone is lost: many jobs never came to run
                     chunk = self._chunk()
                     self._send(client, chunk)
                     self._finishing.wait(self._random.expovariate(self._rate / max(1, len(chunk))))
-                client.send({"command": "ping"})  # or we would not know that it was cut while we were idle
-                while "command" not in (line := client.recv()):
-                    self._result(line)
+                self._ping(client)  # or we would not know that it was cut while we were idle
                 client.finish()
                 for line in client.rest():
                     self._result(line)
                 self.missing += self._waiting.values()
         except LOST:
+            self.cut += [(job, self._alive) for job in self._waiting.values()]
             return 0.02
         return 0.0
+
+    def _ping(self, client: Client) -> None:
+        """See that the daemon answers; results may come before that."""
+        asked = time.monotonic_ns()
+        client.send({"command": "ping"})
+        while "command" not in (line := client.recv()):
+            self._result(line)
+        self._alive = asked
 
     def _chunk(self) -> list[Submitted]:
         count = self._random.choice((1, 1, 5, 20, 100, 400))

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 ERRORS = (errno.ENOSPC, errno.EIO, errno.EROFS, errno.EDQUOT)
 CALLS = (Call.WRITE, Call.SYNC, Call.WRITE | Call.SYNC | Call.TRUNCATE | Call.ALLOCATE)
 STALLS = (0.2, 0.5, 1.5)  # seconds
+LONG_STALL = 3.0  # in which every client comes to send something
 # Seconds, back again after a while. Ids of clients are remembered for longer; what is to be tried again later, as the
 # clock was ahead, waits for so long.
 STEPS = (-500, 5)
@@ -76,6 +77,19 @@ def disk_stalls(c: Context) -> None:
     c.service.pauses.append(Pause(since, time.monotonic_ns() + AWAKE_AGAIN))
 
 
+def disk_stalls_and_workers_stop(c: Context) -> None:
+    """Nothing that comes now is run, or on the disk, when the daemon dies: what was acknowledged all the same is lost."""
+    since = time.monotonic_ns()
+    with contextlib.ExitStack() as stack:
+        for worker in c.service.family().workers:
+            stack.enter_context(c.service.standing_still(worker.pid))
+        c.service.shim.stall(LONG_STALL)
+        c.moment(LONG_STALL)
+        kill_daemon(c)
+    c.service.shim.heal()
+    c.service.pauses.append(Pause(since, time.monotonic_ns() + AWAKE_AGAIN))
+
+
 def step_clock(c: Context) -> None:
     step = c.random.choice(STEPS)
     c.service.shim.step_clock(step)
@@ -92,5 +106,6 @@ DISK: Faults = {
     "the disk refuses, SIGKILL the daemon": (2, disk_refuses_and_kill_daemon),
     "the disk refuses, SIGTERM": (1, disk_refuses_and_drain),
     "the disk is slow": (2, disk_stalls),
+    "the disk is slow, SIGSTOP all workers, SIGKILL the daemon": (3, disk_stalls_and_workers_stop),
     "the clock is set": (2, step_clock),
 }

@@ -15,6 +15,7 @@ class Nasty(NamedTuple):
     endings: tuple[str, ...]
     options: Mapping[str, Any] = MappingProxyType({})
     kills: str = ""  # whom the job kills: its "worker", or the "fork server", or nobody
+    sent_as: str = ""  # the target that it is sent as, one of quick jobs: others of it then travel with it
 
 
 CRASH = ("crashed",)
@@ -28,6 +29,7 @@ NASTY = {
     "kill_self": Nasty(CRASH, {"max_crashes": 2}, "worker"),
     "kill_group": Nasty(CRASH, {"max_crashes": 1}, "worker"),
     "kill_parent": Nasty(CRASH, {"max_crashes": 1}, "fork server"),
+    "kill_self_among_others": Nasty(CRASH, {"max_crashes": 1}, "worker", "plain"),
     "grandchild": Nasty(DONE),
     "grandchild_session": Nasty(DONE),
     "grandchild_and_die": Nasty(CRASH, {"max_crashes": 1}, "worker"),
@@ -44,7 +46,8 @@ NASTY = {
     "raise_unprintable": Nasty(FAIL),
     "return_unjsonable": Nasty(("failed", "succeeded"), {"reply": "result"}),
     "return_surrogate": Nasty(("failed", "succeeded"), {"reply": "result"}),
-    "return_large": Nasty(("failed", "succeeded"), {"reply": "result"}),
+    # msgspec's encoder segfaults where it gets no memory, as after limit_memory
+    "return_large": Nasty(ANY, {"reply": "result"}, "worker"),
     "block_signals": Nasty(("timed_out",), {"timeout": 0.3}, "worker"),
     "ignore_timeout": Nasty(("timed_out",), {"timeout": 0.3}, "worker"),
     "time_out": Nasty(("timed_out",), {"timeout": 0.2}),

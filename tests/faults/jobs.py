@@ -67,7 +67,7 @@ class Jobs:
         if random.random() < 0.05:
             options["timeout"] = 60.0  # which it never needs
         if random.random() < 0.1:
-            options["max_crashes"] = 3
+            options["max_crashes"] = random.choice((1, 3))  # dead if it is charged for what another did
         kind = random.random()
         if kind < 0.03:
             return self.add("slow", options, seconds=random.choice((0.002, 0.02, 0.1)))
@@ -82,7 +82,11 @@ class Jobs:
 
     def nasty(self, target: str, **arguments: Any) -> Submitted:
         """One that means harm."""
-        return self.add(target, {"max_crashes": 3, **NASTY[target].options}, **arguments)
+        job = self.add(target, {"max_crashes": 3, **NASTY[target].options}, **arguments)
+        if job.request and (sent_as := NASTY[target].sent_as):
+            job.request["target"] = sent_as
+            job.request["arguments"]["how"] = target
+        return job
 
     def answered(self, job: Submitted, reply: dict[str, Any]) -> bool:
         """The line that a client got for it; False: send it again."""

@@ -21,7 +21,8 @@ def table(campaign: Campaign, more: Iterable[str] = ()) -> str:
     lines += [
         f"{sum(count for count, _ in faults):>9,}  together, and {campaign.service.starts:,} starts of the daemon"
     ]
-    lines += ["", "Jobs that mean harm", "=" * 40, *rows(jobs), f"{sum(count for count, _ in jobs):>9,}  together"]
+    lines += ["", "Jobs that mean harm", "=" * 40, *rows(jobs)]
+    lines += [f"{sum(count for count, _ in jobs):>9,}  together, of which {found.harmful:,} have run"]
     lines += ["", "Jobs", "=" * 40]
     lines += rows(
         [

@@ -10,6 +10,7 @@ import contextlib
 import fcntl
 import os
 import random
+import signal
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -54,7 +55,8 @@ class Targets(NastyTargets):
 
     def plain(self, arguments: Any) -> None:
         with self._job(arguments):
-            pass
+            if "how" in arguments:
+                os.kill(os.getpid(), signal.SIGKILL)
 
     def slow(self, arguments: Any) -> None:
         with self._job(arguments):
