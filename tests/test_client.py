@@ -11,6 +11,7 @@ import socket
 import threading
 from contextlib import suppress
 from functools import partial
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -99,6 +100,16 @@ def test_backlog_is_full(path: Path) -> None:
         with pytest.raises(UnavailableError, match=r"did not accept the connection within 0\.05 s"):
             Client(str(path), timeout=0.05)
         first.close()
+
+
+@pytest.mark.parametrize(("gid", "says"), [(0, r"\[feeder\] group"), (1, "usermod -aG ")])
+def test_nobody_is_told_to_join_the_group_of_root(monkeypatch: pytest.MonkeyPatch, gid: int, says: str) -> None:
+    """Where the socket is that group's, as it is when root starts the daemon by hand, another group is advised."""
+    found = SimpleNamespace(st_mode=0o140660, st_uid=0, st_gid=gid)
+    with monkeypatch.context() as patched:
+        patched.setattr("os.stat", lambda _path: found)
+        text = connection._why("socket", PermissionError(errno.EACCES, "denied"), 1.0)
+    assert re.search(says, text)
 
 
 @pytest.mark.parametrize(("mode", "says"), [(0o660, "and group"), (0o600, "only user .* may connect; run this as")])

@@ -62,7 +62,10 @@ def _who_may(path: str) -> str:
     if not found.st_mode & stat.S_IWGRP:
         return f"only user {_user(found.st_uid)} may connect; run this as that user, or see [feeder] mode"
     group = _group(found.st_gid)
-    remedy = f"`usermod -aG {group} {_user(os.geteuid())}` as root, then log in again"
+    if found.st_gid == 0:  # nobody is put into that group to submit jobs
+        remedy = "give the socket a group of its own with [feeder] group"
+    else:
+        remedy = f"`usermod -aG {group} {_user(os.geteuid())}` as root, then log in again"
     return f"only user {_user(found.st_uid)} and group {group} may connect; {remedy}"
 
 
