@@ -490,6 +490,23 @@ def test_reload_brings_new_code_and_new_settings_without_losing_a_job(tmp_path: 
         assert daemon.metrics()["workerd_config_last_reload_successful"] == 1
 
 
+def test_what_waits_for_a_restart_is_told_as_it_is(tmp_path: Path) -> None:
+    """After a reload the status names the spool and the socket that are in use, and the log says each time that the
+    new ones are not: whoever makes a backup looks there.
+    """
+    with Daemon(tmp_path, "class T:\n    def x(self, a): pass\n") as daemon:
+        before, said = daemon.status(), "[spool] path has changed: restart for it to take effect"
+        daemon.configure(spool={"path": str(tmp_path / "other.db")}, feeder={"socket": str(tmp_path / "other")})
+        for times in (1, 2):
+            daemon.reload()
+            assert daemon.log.count(said) == times
+        after = daemon.status()
+        assert (after["spool"]["path"], after["socket"]) == (before["spool"]["path"], before["socket"])
+        daemon.configure(spool={"path": before["spool"]["path"]})
+        daemon.reload()
+        assert daemon.log.count(said) == 2
+
+
 @pytest.mark.parametrize("fault", ["toml", "import", "class", "init"])
 def test_a_bad_reload_keeps_the_old_and_says_so(tmp_path: Path, fault: str) -> None:
     """Whatever is wrong with the new configuration or code, the old goes on, and STATUS, log and metric tell."""

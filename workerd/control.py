@@ -36,6 +36,7 @@ class Control:
         self.engine = engine
         self.admission = admission
         self.config = config
+        self.started = config  # what it had at the start; some of it a reload cannot change
         self.metrics_address: str | None = None
         self._state = state
         self._began = time.monotonic()
@@ -109,7 +110,7 @@ class Control:
             "uptime": time.monotonic() - self._began,
             "generation": engine.pool.current.number,
             "config": str(self.config.file),
-            "socket": str(self.config.feeder.socket),
+            "socket": str(self.started.feeder.socket),
             "metrics": self.metrics_address,
             "workers": {"wanted": engine.pool.current.wanted, **self.worker_counts()},
             "jobs": self.job_counts(),
@@ -117,7 +118,7 @@ class Control:
             "targets": engine.metrics.by_target(),
             "rejected": engine.metrics.rejections(),
             "spool": {
-                "path": str(self.config.spool.path or ""),
+                "path": str(self.started.spool.path or ""),
                 "bytes": engine.writer.spool.size(),
                 "failing": engine.writer.failing,
             },

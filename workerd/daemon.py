@@ -254,7 +254,7 @@ class Daemon:
             return
         for name in NEEDS_RESTART:
             section, key = name.split(".")
-            if getattr(getattr(settings, section), key) != getattr(getattr(self.settings, section), key):
+            if getattr(getattr(settings, section), key) != getattr(getattr(self.control.started, section), key):
                 logger.warning("[%s] %s has changed: restart for it to take effect", section, key)
         log.setup(settings.log.level)
         self._use(settings, generation)
