@@ -156,6 +156,9 @@ def test_no_command(workerd: Cli) -> None:
         (["submit", "t", "--file", "x"], "--file takes the jobs"),
         (["submit", "--file", "x", "--priority", "3"], "--file takes the jobs"),
         (["submit", "t", "--priority", "high"], "not a valid integer"),
+        (["submit", "t", "--priority", "999"], "'--priority': 999 is not in the range 0<=x<=255"),
+        (["submit", "t", "--delay", "-1"], "'--delay': -1.0 is not in the range"),
+        (["submit", "t", "--max-attempts", "0"], "'--max-attempts': 0 is not in the range"),
         (["dead", "--retry"], "--retry needs one of"),
         (["dead", "--delete", "a", "--all"], "--delete needs one of"),
         (["dead", "--all"], "--all is for --retry and --delete"),
@@ -643,9 +646,9 @@ def test_submit_and_fail(workerd: Cli, daemon: Daemon) -> None:
     assert traceback[0] == "    Traceback (most recent call last):"
     done = workerd("submit", "nothing", "--socket", daemon.socket)
     assert (done.status, done.out, done.err.count("\n")) == (1, "", 1)
-    done = workerd("submit", "echo", "--priority", "999", "--socket", daemon.socket)
+    done = workerd("submit", "echo", "--id", "", "--socket", daemon.socket)
     assert (done.status, done.out, done.err.count("\n")) == (1, "", 1)
-    assert "priority" in done.err
+    assert "$.id" in done.err
 
 
 def test_submit_file(workerd: Cli, daemon: Daemon, tmp_path: Path) -> None:

@@ -24,6 +24,10 @@ if TYPE_CHECKING:
 
 DEFAULT_CONFIG = "/etc/workerd/workerd.toml"
 DEFAULT_SOCKET = "/run/workerd.sock"
+# as the protocol has them, but refused with what was received
+PRIORITY = click.IntRange(0, 255)
+SECONDS = click.FloatRange(0, 315_360_000)
+TIMES = click.IntRange(1, 1_000_000)
 
 socket_option = click.option(
     "--socket", "socket", metavar="PATH", default=None, help=f"The daemon's socket [default: {DEFAULT_SOCKET}]."
@@ -135,11 +139,11 @@ def check(config_file: Path) -> int:
 )
 @click.option("--wait", is_flag=True, help="Wait for the end, and print the result.")
 @click.option("--id", metavar="ID", help="An id of your own: submitted again, it is not run again.")
-@click.option("--priority", type=int, metavar="N", help="From 0, the most urgent, to 255 [default: 100].")
-@click.option("--delay", type=float, metavar="SECONDS", help="Not before so many seconds from now.")
-@click.option("--timeout", type=float, metavar="SECONDS", help="How long it may run; 0 is for ever.")
-@click.option("--max-attempts", type=int, metavar="N", help="How often it is run when it fails [default: 1].")
-@click.option("--max-crashes", type=int, metavar="N", help="How many workers it may kill [default: 3].")
+@click.option("--priority", type=PRIORITY, metavar="N", help="From 0, the most urgent, to 255 [default: 100].")
+@click.option("--delay", type=SECONDS, metavar="SECONDS", help="Not before so many seconds from now.")
+@click.option("--timeout", type=SECONDS, metavar="SECONDS", help="How long it may run; 0 is for ever.")
+@click.option("--max-attempts", type=TIMES, metavar="N", help="How often it is run when it fails [default: 1].")
+@click.option("--max-crashes", type=TIMES, metavar="N", help="How many workers it may kill [default: 3].")
 @click.option(
     "--reconnect",
     type=click.FloatRange(min=0),
