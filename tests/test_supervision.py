@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from daemon_process import Daemon, job, wait_until
+from daemon_process import Daemon, Process, job, wait_until
 
 from workerd import generation, worker
 from workerd.claims import Claims
@@ -347,19 +347,25 @@ def test_no_descriptors_left_is_borne(tmp_path: Path) -> None:
         assert daemon.run("pid")["status"] == "succeeded"
 
 
-def test_a_fork_server_without_descriptors_keeps_its_workers(daemon: Daemon) -> None:
-    """It cannot take what a new worker needs: the others work on, nothing is printed, and with descriptors all are back."""
-    first, second = daemon.workers()
-    server = int(Path(f"/proc/{first.pid}/stat").read_text().rpartition(")")[2].split()[1])
-    limits = resource.prlimit(server, resource.RLIMIT_NOFILE)
-    resource.prlimit(server, resource.RLIMIT_NOFILE, (4, limits[1]))
-    first.kill()
-    daemon.wait_for_log("worker 0 cannot be started: the fork server has no room for it: Too many open files")
-    assert daemon.run("pid")["result"] == second.pid
-    resource.prlimit(server, resource.RLIMIT_NOFILE, limits)
-    daemon.wait_until(lambda status: status["workers"]["idle"] == 2, "both")
-    assert second in daemon.workers()
-    assert "Traceback" not in daemon.log
+def test_a_fork_server_without_descriptors_keeps_its_workers(tmp_path: Path) -> None:
+    """It cannot take what a new worker needs, and says so: a job that runs goes on, and with descriptors both are back."""
+    with Daemon(tmp_path, SOURCE) as daemon, daemon.connect() as client:
+        gate = tmp_path / "gate"
+        os.mkfifo(gate)
+        client.request(job("mark", str(gate), max_crashes=1, reply="result"))  # runs until somebody reads
+        status = daemon.wait_until(lambda status: status["jobs"]["running"] == 1, "it runs")
+        (idle,) = (process["pid"] for process in status["processes"] if process["state"] == "idle")
+        server = int(Path(f"/proc/{idle}/stat").read_text().rpartition(")")[2].split()[1])
+        limits = resource.prlimit(server, resource.RLIMIT_NOFILE)
+        resource.prlimit(server, resource.RLIMIT_NOFILE, (3, limits[1]))
+        os.kill(idle, signal.SIGKILL)
+        daemon.wait_for_log("cannot be started: the fork server has no room for it: Too many open files")
+        resource.prlimit(server, resource.RLIMIT_NOFILE, limits)
+        daemon.wait_until(lambda status: status["workers"]["idle"] == 1, "it is replaced")
+        assert gate.read_text() == "x"
+        assert client.recv()["status"] == "succeeded"
+        assert Process.of(server) is not None
+        assert "Traceback" not in daemon.log
 
 
 def test_a_fork_server_that_nobody_waits_for_any_more_ends_quietly(
