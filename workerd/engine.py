@@ -32,6 +32,7 @@ log = logging.getLogger("workerd")
 
 EMPTY_REFILL = 0.25  # seconds after which to look again for a backlog that was not found
 REFILL_BYTES = 16 * 2**20
+FEW_WAITERS = 10_000  # for jobs in the spool, among whom it is not worth while to look for those that are gone
 SPOILED = {"event": "job_dead"}
 
 
@@ -45,6 +46,7 @@ class Engine:
         self.prefix = f"{writer.spool.identity}-"  # what the ids of this spool begin with
         self.next_seq = writer.spool.first_seq
         self.waiters: dict[int, Reply] = {}  # by seq: who waits for a job that is only in the spool at present
+        self._most_waiters = FEW_WAITERS
         self.dead = 0
         self.ended = False  # jobs have, since the writer last looked for those that nobody need wait for any more
         self.pool: Pool
@@ -180,7 +182,7 @@ class Engine:
             writer.collect()
         if queue.backlog.spilled:
             spilled, queue.backlog.spilled = queue.backlog.spilled, []
-            self.waiters |= {job.seq: job.waiter for job in spilled if job.waiter is not None}
+            self._keep_waiters(spilled)
             if not writer.durable:  # else they are in the spool already, or about to be
                 for job in spilled:
                     fresh = not (job.stored or job.attempts or job.crashes)
@@ -190,6 +192,13 @@ class Engine:
         self.on_change()
         while (refill := queue.backlog.wanted()) is not None:
             self.pool.loop.create_task(self._refill(refill))
+
+    def _keep_waiters(self, spilled: list[Job]) -> None:
+        """Remember who waits for these. Who has gone away is forgotten, or millions of jobs would cost memory still."""
+        self.waiters |= {job.seq: job.waiter for job in spilled if job.waiter is not None}
+        if len(self.waiters) > self._most_waiters:
+            self.waiters = {seq: reply for seq, reply in self.waiters.items() if not reply.session.gone()}
+            self._most_waiters = max(FEW_WAITERS, 2 * len(self.waiters))
 
     async def _refill(self, refill: Refill) -> None:
         def read(spool: Spool) -> tuple[list[Job], int]:
