@@ -8,6 +8,8 @@ import os
 import re
 import socket
 import stat
+import struct
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -87,6 +89,13 @@ def test_the_kernel_tells_user_process_and_all_groups(short_path: Path) -> None:
                     found = Peer.of(accepted, frozenset({OTHERS, BOB, *groups}))
                     assert found == Peer(Submitter(ALICE, os.getpid()), frozenset({OTHERS, *groups}))
                     assert Peer.of(accepted, frozenset({BOB})).groups == frozenset()
+
+
+def test_groups_are_not_asked_for_where_none_matters() -> None:
+    """Whoever connects again and again with all groups that there are keeps nobody waiting, unless some are named."""
+    asked = {socket.SO_PEERCRED: struct.pack("@iII", 7, ALICE, OTHERS)}
+    fake: Any = SimpleNamespace(getsockopt=lambda _level, option, _size: asked[option])
+    assert Peer.of(fake, frozenset()) == Peer(Submitter(ALICE, 7), frozenset())
 
 
 def test_rules_are_the_most_particular_ones() -> None:
