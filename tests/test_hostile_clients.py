@@ -254,6 +254,32 @@ def test_half_open_connections(daemon: Daemon) -> None:
     daemon.wait_until_done()
 
 
+def test_who_vanishes_while_waiting_for_a_result(tmp_path: Path) -> None:
+    """A client that is gone holds no connection, however long the job will take whose result it asked for; one that has
+    only ended its side does, and has its result.
+    """
+    with Daemon(tmp_path, SOURCE, feeder={"max_connections": 4}) as daemon, daemon.connect() as waiting:
+        waiting.send(job("echo", "late", delay=1, reply="result"))
+        waiting.finish()
+        assert waiting.recv()["status"] == "accepted"
+        for _ in range(20):
+            client = wait_until(lambda: _admitted(daemon))
+            assert client is not None
+            with client:
+                assert client.request(job("echo", delay=86400, reply="result"))["status"] == "accepted"
+        assert [line["result"] for line in waiting.rest()] == ["late"]
+
+
+def _admitted(daemon: Daemon) -> Client | None:
+    client = daemon.connect()
+    try:
+        client.request({"command": "ping"})["result"]
+    except (KeyError, OSError):  # there are too many
+        client.close()
+        return None
+    return client
+
+
 def test_thousands_that_connect_and_vanish(daemon: Daemon) -> None:
     """In the middle of a line, from many threads: the daemon has no more descriptors and clients than before."""
     fds = Path(f"/proc/{daemon.pid}/fd")

@@ -278,8 +278,8 @@ class Session(asyncio.BufferedProtocol):
             self._transport.close()
 
     def _close_when_done(self) -> None:
-        if self._finished and not (self._held or self._requests or self._replies) and self._awaited <= 0:
-            self.close()
+        if self._finished and not (self._held or self._requests or self._replies):
+            self.close() if self._awaited <= 0 else self._flow.watch(self, self._transport)
 
     # --- push back ----------------------------------------------------------------------------------------
 
