@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -341,6 +342,28 @@ def readable_by_itself(path: Path, seq: int) -> bool:
         return False
     finally:
         db.close()
+
+
+def test_jobs_of_two_spools_without_names_are_not_taken_for_each_other(tmp_path: Path) -> None:
+    """Where the beginning of a spool's own ids cannot be read, its jobs have others, the same at each export; those of
+    a second such spool are not answered `duplicate`, and so lost.
+    """
+    ids = []
+    for name in ("one", "two"):
+        folder = tmp_path / name
+        folder.mkdir()
+        with Daemon(folder, "class T:\n    def t(self, a): pass\n") as daemon:
+            daemon.request(job("t", "the same", delay=1e6))
+            daemon.stop()
+        with contextlib.closing(sqlite3.connect(folder / "spool.db")) as db:
+            db.execute("DELETE FROM meta WHERE name = 'identity'")
+            db.commit()
+        status, jobs, said = export(folder / "spool.db")
+        assert (status, len(jobs)) == (0, 1)
+        assert "have new ones" in said
+        assert export(folder / "spool.db")[1][0]["id"] == jobs[0]["id"]
+        ids.append(jobs[0]["id"])
+    assert ids[0] != ids[1]
 
 
 def test_an_export_can_be_submitted(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import sys
 import time
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
+from zlib import crc32
 
 import msgspec
 
@@ -104,6 +105,8 @@ def export(path: Path, *, dead: bool) -> Exit:
     finally:
         db.close()
     complain(count(told, "job"))
+    if identity is None:
+        complain("the ids that this spool gave cannot be read; jobs without an id of their clients' have new ones")
     if unreadable:
         complain(f"{count(unreadable, 'job')} with fields that make no sense are left out")
     for after, before in reader.gaps:
@@ -130,23 +133,29 @@ def _connect(path: Path) -> sqlite3.Connection:
     return db
 
 
-def _identity(db: sqlite3.Connection) -> str:
+def _identity(db: sqlite3.Connection) -> str | None:
+    """What its own ids begin with; None if that cannot be read."""
     try:
         return str(db.execute("SELECT value FROM meta WHERE name = 'identity'").fetchone()[0])
     except (sqlite3.DatabaseError, TypeError):
-        return "unknown"
+        return None
 
 
-def _line(row: tuple[Any, ...], identity: str) -> str | None:
+def _own_id(row: tuple[Any, ...], identity: str | None) -> str:
+    """The id that the spool gave; else one that no job of another spool has, the same each time."""
+    return f"{identity or f'unknown-{crc32(repr(row).encode()):08x}'}-{row[0]:x}"
+
+
+def _line(row: tuple[Any, ...], identity: str | None) -> str | None:
     """The job as a request, under the id that it had; None if there is damage in it."""
-    seq, key, target, options, ready_at, arguments = row
+    _, key, target, options, ready_at, arguments = row
     try:
         if not (isinstance(target, str) and isinstance(key, str | None)):
             return None
         arguments.decode()
         msgspec.json.decode(arguments, type=msgspec.Raw)  # a number may be too large for us, and is theirs all the same
         given = msgspec.structs.asdict(msgspec.json.decode(options, type=Options))
-        request = {"target": target, "arguments": msgspec.Raw(arguments), "id": key or f"{identity}-{seq:x}", **given}
+        request = {"target": target, "arguments": msgspec.Raw(arguments), "id": key or _own_id(row, identity), **given}
         if (delay := ready_at - time.time()) > 0:
             request["delay"] = delay
         return json_text(msgspec.json.encode(request)) + "\n"  # which is read before it is submitted
