@@ -16,7 +16,7 @@ from faults.campaign import FAULTS, Campaign
 from faults.endings import NASTY
 from faults.jobs import ACCEPTED, REFUSED, Jobs
 from faults.ledger import Ledger
-from faults.page import WORKER
+from faults.page import POINTS, WORKER
 from faults.points import MODULES, all_points
 from faults.service import Death, Pause
 from faults.shim import Call, Shim
@@ -115,6 +115,8 @@ def test_a_fault_point_is_at_every_statement_and_off_by_default(tmp_path: Path) 
     points = all_points()
     assert {point.module for point in points.values()} == set(MODULES)
     assert len(points) > 1500
+    assert max(points) < POINTS, "the page has a place for each"
+    assert {"session", "flow"} < set(MODULES), "what a job passes on its way in and out"
     target = next(p for p in points.values() if (p.module, p.function) == ("worker", "Worker._report"))
     with Campaign(tmp_path, SEED) as campaign:
         service = campaign.service

@@ -19,7 +19,7 @@ ROLES = {DAEMON: "daemon", FORK_SERVER: "fork server", WORKER: "worker"}
 
 OFF, COVER, ARMED = range(3)  # in MODE
 MODE, ROLE, POINT, COUNTDOWN, SIGNAL = range(5)  # words
-POINTS = 2**14
+POINTS = 2**15  # more than there are modules in faults.points times its STRIDE
 _RECORDS, _RECORD = 8, 5  # where the records are: point, CLOCK_MONOTONIC in ns, pid, role, signal
 _SLOTS = 64
 _COVERED = 4096  # byte from which on there is one for each point, by role
