@@ -37,7 +37,7 @@ LAYERS: list[set[str]] = [
         "upkeep",
     },
     {
-        *("spool", "writer", "feeder", "session", "flow", "socketfile", "metrics", "scrape", "notify"),
+        *("spool", "writer", "feeder", "session", "flow", "hangups", "socketfile", "metrics", "scrape", "notify"),
         *("worker", "zygote", "forkserver", "channel", "process", "generation", "settle", "dispatcher", "pool"),
     },
     {"answer", "engine", "admission", "control", "recovery", "reporter", "daemon"},
@@ -53,6 +53,7 @@ NEIGHBOURS: dict[str, set[str]] = {
     "quotas": {"changes"},
     "upkeep": {"spoolfile"},
     "session": {"flow"},
+    "flow": {"hangups"},
     "feeder": {"flow", "session"},
     "writer": {"spool"},
     "zygote": {"worker"},

@@ -7,6 +7,7 @@ import contextlib
 from collections import Counter
 from typing import TYPE_CHECKING
 
+from workerd.access import Peer
 from workerd.flow import Flow
 from workerd.session import Session
 
@@ -15,7 +16,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from workerd import protocol
-    from workerd.access import Peer
     from workerd.session import Reply
 
 BACKLOG = 4096
@@ -33,6 +33,7 @@ class Feeder:
         self.max_connections = max_connections
         self.user_connections = user_connections
         self.on_refusal: Callable[[Peer], None] = lambda _peer: None
+        self._groups: frozenset[int] = frozenset()  # that it matters for whether a client is in them
         self._sessions: set[Session] = set()
         self._users: Counter[int] = Counter()
         self._all_closed = asyncio.Event()
@@ -49,15 +50,22 @@ class Feeder:
 
     def use_groups(self, groups: frozenset[int]) -> None:
         """From now on these matter, also for who is connected."""
-        self.flow.groups = groups
+        self._groups = groups
         for session in self._sessions:
-            if not session.gone():
-                try:
-                    session.identify()
-                except OSError:
-                    session.cut_off()
+            self._identify(session)
+
+    def _identify(self, session: Session) -> bool:
+        try:
+            if (sock := session.socket) is not None:
+                session.peer = Peer.of(sock, self._groups)
+                return True
+        except OSError:  # the client is gone
+            session.cut_off()
+        return False
 
     def _admit(self, session: Session) -> str | None:
+        if not self._identify(session):
+            return None
         peer, trusted = session.peer, session.peer.trusted()
         if 0 < self.user_connections <= self._users[peer.uid] and not trusted:
             full = USER_FULL.format(peer.uid, self.user_connections)

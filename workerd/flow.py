@@ -7,10 +7,10 @@ have: requests that wait for their replies, lines that have no end yet, and repl
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import select
 from collections import Counter, deque
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import TYPE_CHECKING, Protocol
+
+from workerd.hangups import Hangups
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -55,14 +55,11 @@ class Flow:
         self.max_line = max_line
         self.pending = 0  # bytes that requests without a reply cost
         self.clients: set[Client] = set()
-        self.groups: frozenset[int] = frozenset()  # that it matters for whether a client is in them
         self._memory = memoryview(bytearray(READ_BYTES))  # what is read from any connection is dealt with at once
         self._unfinished = 0
         self._unread = 0
         self._held: deque[Client] = deque()
-        self._hangups: select.epoll | None = None  # tells which of these are gone, by descriptor
-        self._watched: dict[int, Client] = {}
-        self._descriptors: dict[Client, int] = {}  # the same the other way round
+        self.hangups = Hangups()
 
     # --- reading ------------------------------------------------------------------------------------------
 
@@ -150,35 +147,9 @@ class Flow:
         ((worst, _),) = users.most_common(1)
         return max((client for client in self.clients if client.uid == worst), key=size)
 
-    # --- who is gone --------------------------------------------------------------------------------------
-
-    def watch(self, client: Client, transport: asyncio.Transport | None) -> None:
-        """Cut the client off once it is gone. It has ended its side and waits for results, which may be for years: the
-        loop, with nothing to read or write, would not notice.
-        """
-        if transport is None or client in self._descriptors:
-            return
-        if self._hangups is None:
-            self._hangups = select.epoll()
-            asyncio.get_running_loop().add_reader(self._hangups.fileno(), self._hung_up)
-        descriptor = transport.get_extra_info("socket").fileno()
-        self._hangups.register(descriptor, 0)  # EPOLLHUP is always told: it means that both sides are closed
-        self._watched[descriptor] = client
-        self._descriptors[client] = descriptor
-
-    def _hung_up(self) -> None:
-        assert self._hangups is not None
-        for descriptor, _ in self._hangups.poll(0):
-            self._hangups.unregister(descriptor)
-            self._watched.pop(descriptor).cut_off()
-
     def forget(self, client: Client) -> None:
         """It is closed."""
-        descriptor = self._descriptors.pop(client, -1)
-        if self._watched.get(descriptor) is client:
-            del self._watched[descriptor]
-            with contextlib.suppress(OSError):  # it may be closed already, which is enough
-                cast("select.epoll", self._hangups).unregister(descriptor)
+        self.hangups.forget(client)
         self._unfinished -= client.unfinished
         self._unread -= client.unread
         client.unfinished = client.unread = 0

@@ -10,12 +10,13 @@ from collections import deque
 from typing import TYPE_CHECKING, cast
 
 from workerd import protocol
-from workerd.access import Peer
 from workerd.errors import Code
 
 if TYPE_CHECKING:
+    import socket
     from collections.abc import Callable
 
+    from workerd.access import Peer
     from workerd.flow import Flow
 
 WRITE_HIGH = 4 * 2**20  # bytes of unread replies after which a connection is not read from
@@ -73,7 +74,7 @@ class Session(asyncio.BufferedProtocol):
         admit: Callable[[Session], str | None],
         forget: Callable[[Session], None],
     ) -> None:
-        self.peer: Peer  # once the connection is made
+        self.peer: Peer  # once it is admitted
         self.unfinished = self.unread = 0  # see Flow
         self._flow = flow
         self._handle_request = handle
@@ -97,19 +98,14 @@ class Session(asyncio.BufferedProtocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = transport = cast("asyncio.Transport", transport)  # uvloop's is no subclass of it
         transport.set_write_buffer_limits(high=WRITE_HIGH)
-        try:
-            self.identify()
-        except OSError:  # it is gone already
-            transport.abort()
-            return
         if (full := self._admit(self)) is not None:
             transport.write(protocol.refusal(Code.TOO_MANY_CONNECTIONS, full))
             transport.close()
 
-    def identify(self) -> None:
-        """Learn who the client is, and in which of the groups that matter. Raises OSError."""
-        assert self._transport is not None
-        self.peer = Peer.of(self._transport.get_extra_info("socket"), self._flow.groups)
+    @property
+    def socket(self) -> socket.socket | None:
+        """None once it is gone."""
+        return None if self._transport is None else self._transport.get_extra_info("socket")
 
     @property
     def uid(self) -> int:
@@ -279,7 +275,10 @@ class Session(asyncio.BufferedProtocol):
 
     def _close_when_done(self) -> None:
         if self._finished and not (self._held or self._requests or self._replies):
-            self.close() if self._awaited <= 0 else self._flow.watch(self, self._transport)
+            if self._awaited <= 0:
+                self.close()
+            elif (sock := self.socket) is not None:
+                self._flow.hangups.watch(self, sock)
 
     # --- push back ----------------------------------------------------------------------------------------
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from pathlib import Path
@@ -79,9 +80,9 @@ def sample(service: Service) -> dict[tuple[str, str], float]:
         ("memory of the daemon", "B"): memory([service.daemon.pid]),
         ("memory of the fork server", "B"): memory(pids(family.fork_servers)),
         ("memory of the workers", "B"): memory(pids(family.workers)),
-        ("descriptors of the daemon", ""): len(os.listdir(daemon / "fd")),
-        ("threads of the daemon", ""): len(os.listdir(daemon / "task")),
-        ("descriptors of the workers", ""): sum(len(os.listdir(f"/proc/{pid}/fd")) for pid in pids(family.workers)),
+        ("descriptors of the daemon", ""): entries(daemon / "fd"),
+        ("threads of the daemon", ""): entries(daemon / "task"),
+        ("descriptors of the workers", ""): sum(entries(Path(f"/proc/{pid}/fd")) for pid in pids(family.workers)),
         ("the spool's files", "B"): sum(path.stat().st_size for path in spool.parent.glob(spool.name + "*")),
     }
 
@@ -89,6 +90,13 @@ def sample(service: Service) -> dict[tuple[str, str], float]:
 def pids(processes: Iterable[Process]) -> list[int]:
     """Theirs."""
     return [process.pid for process in processes]
+
+
+def entries(folder: Path) -> int:
+    """How many there are in one of /proc; of a process that has just ended, none."""
+    with contextlib.suppress(OSError):
+        return len(os.listdir(folder))
+    return 0
 
 
 def memory(processes: Sequence[int]) -> float:
