@@ -61,7 +61,8 @@ def main() -> int:
                     about = f"{given.minutes:g} minutes in all, seed {given.seed}."
                     (given.output / "soak.svg").write_text(chart.draw(series, about))
                     (given.output / "soak.json").write_text(json.dumps([each._asdict() for each in series]) + "\n")
-        return 1 if c.findings.bad or not all(each.flat for each in series) else 0
+        untried = not c.findings.acknowledged
+        return 1 if c.findings.bad or untried or not all(each.flat for each in series) else 0
 
 
 def walk(c: Campaign, seconds: float) -> list[str]:
