@@ -5,6 +5,7 @@ The long form is `tests/run faults`.
 
 from __future__ import annotations
 
+import json
 import signal
 import sys
 from typing import TYPE_CHECKING
@@ -108,6 +109,26 @@ def test_a_refused_batch_has_no_results(tmp_path: Path) -> None:
             client.send([job("echo", 1, id="own", reply="result"), job("echo", 2, reply="result")])
             client.finish()
             assert [line["error"]["code"] for line in client.rest()] == ["spool_failed"]
+
+
+def test_a_refused_job_that_died_has_one_answer(tmp_path: Path) -> None:
+    """The disk refuses a chunk, one job of which has died meanwhile, and one succeeded: the one is refused, and no line
+    says that it is dead, the other accepted, with its result.
+    """
+    shim = Shim(tmp_path, tmp_path / "spool.db")
+    source = "class T:\n    def echo(self, a): return a\n    def fail(self, a): raise ValueError(a)\n"
+    with Daemon(tmp_path, source, environment=shim.environment()) as daemon, daemon.connect() as client:
+        for target in ("echo", "fail"):
+            daemon.run(target)  # known targets
+        with shim.failing(Call.SYNC):
+            shim.stall(0.5)  # they end before the disk refuses
+            lines = [job("fail", "x", reply="result"), job("echo", "y", reply="result")]
+            client.send("".join(f"{json.dumps(line)}\n" for line in lines).encode())
+            client.finish()
+            first, second, result = client.rest()
+        assert first["error"]["code"] == "spool_failed"
+        assert second["status"] == "accepted"
+        assert (result["id"], result["result"]) == (second["id"], "y")
 
 
 def test_a_fault_point_is_at_every_statement_and_off_by_default(tmp_path: Path) -> None:

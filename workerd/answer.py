@@ -138,8 +138,9 @@ class Answer:
             self.engine.waiters.pop(job.seq, None)
             self._expect_no_result(job)
         self.engine.queue.refused([job for job in lost if job.key is None])
+        # who died is refused; of a batch so are those that have run all the same, since the one answer is for all
+        self.reply.drop_results(of_dead_only=not self.batch)
         if self.batch:
-            self.reply.drop_results()  # of those that have run all the same: the answer is one for all of them
             self.reply.complete(protocol.refusal(Code.SPOOL_FAILED, message))
             return
         gone = {job.seq for job in lost}

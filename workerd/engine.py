@@ -98,7 +98,7 @@ class Engine:
     def results(self, results: list[tuple[Job, bytes, int]]) -> None:
         for reply, ended in groupby(results, lambda result: result[0].waiter):
             lines = [self._result(job, encoded, duration) for job, encoded, duration in ended]
-            self._tell(reply, b"".join(lines), len(lines))
+            self._tell(reply, b"".join(lines), len(lines), dead=False)
 
     def _result(self, job: Job, encoded: bytes, duration: int) -> bytes:
         job.waiter = None
@@ -143,12 +143,12 @@ class Engine:
             "attempts": job.attempts,
             "crashes": job.crashes,
         }
-        self._tell(job.waiter, protocol.reply(fields), 1)
+        self._tell(job.waiter, protocol.reply(fields), 1, dead=True)
         job.waiter = None
 
-    def _tell(self, reply: Reply | None, lines: bytes, count: int) -> None:
+    def _tell(self, reply: Reply | None, lines: bytes, count: int, *, dead: bool) -> None:
         if reply is not None:
-            reply.add_results(lines)
+            reply.add_results(lines, dead=dead)
             reply.session.await_result(-count)
 
     def output(self, worker: int, level: int, text: str, job: tuple[int, str | None, str] | None) -> None:

@@ -29,7 +29,7 @@ SKIPPED = "unfinished lines of all clients are more than {} bytes; this one, the
 
 
 class Reply:
-    """What a chunk of requests is answered with. `results` are the lines of jobs that end before it is sent."""
+    """What a chunk of requests is answered with. `results` are lines of jobs that end before, and whether they died."""
 
     __slots__ = ("data", "results", "sent", "session", "size")
 
@@ -38,7 +38,7 @@ class Reply:
         self.size = size  # bytes that the requests cost, more or less
         self.data: bytes | None = None
         self.sent = False
-        self.results: list[bytes] = []
+        self.results: list[tuple[bytes, bool]] = []
 
     def complete(self, data: bytes) -> None:
         """The answer is known; it is sent as soon as its turn comes."""
@@ -46,17 +46,17 @@ class Reply:
         self.session.keep(len(data))
         self.session.flush()
 
-    def drop_results(self) -> None:
+    def drop_results(self, *, of_dead_only: bool) -> None:
         """They are not to be told."""
-        self.session.keep(-sum(map(len, self.results)))
-        self.results.clear()
+        self.session.keep(-sum(len(lines) for lines, dead in self.results if dead or not of_dead_only))
+        self.results = [(lines, dead) for lines, dead in self.results if of_dead_only and not dead]
 
-    def add_results(self, lines: bytes) -> None:
+    def add_results(self, lines: bytes, *, dead: bool) -> None:
         """Jobs of this chunk have ended; their lines follow the answer."""
         if self.sent:
             self.session.write(lines)
         else:
-            self.results.append(lines)
+            self.results.append((lines, dead))
             self.session.keep(len(lines))
 
 
@@ -225,7 +225,7 @@ class Session(asyncio.BufferedProtocol):
             reply.sent = True
             settled += reply.size
             lines.append(data)
-            lines += reply.results
+            lines += [result for result, _ in reply.results]
         if lines:
             self._kept -= sum(map(len, lines))
             if self._waiting and self._kept <= WRITE_HIGH:
