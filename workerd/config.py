@@ -253,7 +253,7 @@ def _meta(name: str, hint: Any) -> tuple[str, Any]:
 
 
 def _label(name: str) -> str:
-    return name if name.isidentifier() else shown(name)
+    return printable(name, 80) if name.isidentifier() else shown(name)
 
 
 def _instead(given: str, known: Iterable[str]) -> str:

@@ -31,6 +31,8 @@ CONFIG = (
     CLASS + b'access.targets={"\\n"=["nobody here"]}',
     CLASS + b'access.submit=["' + b"g" * 5000 + b'"]',  # a line without end
     CLASS + b'metrics.listen="[::1%\\u001b]:1"',
+    CLASS + b"targets." + b"k" * 1000 + b"=1",
+    CLASS + b"jobs." + b"k" * 1000 + b"=1",
 )
 REPLIES = (
     b'{"id":"a","status":"accepted"}\n{"id":"a","status":"succeeded","result":1e400}\n',
