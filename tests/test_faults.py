@@ -206,6 +206,20 @@ def test_a_job_that_runs_twice_without_a_reason_is_noticed(
     assert (len(found.unexplained), found.again.total()) == ((0, 1) if explained else (1, 0))
 
 
+@pytest.mark.parametrize(
+    ("what", "explained"), [("daemon", True), ("refused stop", True), ("stop", False), ("worker", False)]
+)
+def test_an_attempt_too_many_is_noticed(tmp_path: Path, what: str, explained: bool) -> None:
+    """Of three attempts two raised, the third went well, and then it raised again, twice: a daemon that ended in between, and
+    could not write, may know of one failure only; else the two that came before count.
+    """
+    ends = ["raised", "raised", "ok", "raised", "raised", "ok"]
+    times = [1000, 2000, 3000, LATER, LATER + 1000, LATER + 2000]
+    lines = "".join(f"B 1 10 9 {at}\nE 1 10 {at + 1} {end}\n" for at, end in zip(times, ends, strict=True))
+    found = audit(tmp_path, one(ACCEPTED, "flaky", max_attempts=3), lines, [Death(what, 10, 4000, 4001)])
+    assert (not found.unexplained) == explained
+
+
 def test_a_job_that_is_dead_without_a_reason_is_noticed(tmp_path: Path) -> None:
     """A crash needs a death, a failure a job that raises; a job that was refused must not run."""
     crashed, failed = Told("crashed", 0, 3, ""), Told("failed", 1, 0, "")

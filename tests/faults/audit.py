@@ -24,15 +24,16 @@ RESULT_SLACK = 1.0  # a client hears of the end, likewise
 ORPHAN = 1  # the parent of a worker whose fork server is gone, which is about to follow it
 NASTY_KILL = 10**9  # ns within which a job that kills has done so
 
-ATTEMPT, WORKER, SERVER, DAEMON, STOP, OWN = (
+ATTEMPT, WORKER, SERVER, DAEMON, STOP, REFUSED_STOP, OWN = (
     "an attempt that failed, with more allowed",
     "its worker was killed",
     "its fork server was killed",
     "the daemon was killed",
     "an orderly stop cut it off",
+    "the daemon stopped while the disk refused",
     "its own doing",
 )
-WHY = {"worker": WORKER, "fork server": SERVER, "daemon": DAEMON, "stop": STOP}
+WHY = {"worker": WORKER, "fork server": SERVER, "daemon": DAEMON, "stop": STOP, "refused stop": REFUSED_STOP}
 
 
 class Told(NamedTuple):
@@ -129,7 +130,7 @@ class Audit:
             if why is None and run.end is not None and not run.ok and len(failed) < job.max_attempts - 1:
                 failed.append(run)
                 why = ATTEMPT
-            elif why is not None:  # a daemon that went with it may not have written of the latest failures either
+            elif why is not None:  # a daemon that went then may not have written of the latest failures either
                 failed = [each for each in failed if not self._unwritten(job, each, following.begin)]
             if why is None:
                 found.unexplained.append(f"{named(job)}: {shown(runs)}; {self._near(run)}")
@@ -173,9 +174,9 @@ class Audit:
         return sum(max(0, min(pause.until, until) - max(pause.since, since)) for pause in self.pauses)
 
     def _unwritten(self, job: Submitted, run: Run, before: int) -> bool:
-        """Whether a daemon died before then, and so soon after the run that it need not have written its end."""
+        """Whether a daemon ended before then, and so soon after the run that it need not have written its end."""
         return any(
-            death.what == "daemon"
+            death.what in {"daemon", "refused stop"}
             and death.since <= before
             and death.over >= (run.end or 0)
             and self._soon(job, run, death)

@@ -37,7 +37,9 @@ SECTIONS: dict[str, dict[str, Any]] = {
 class Death(NamedTuple):
     """What killed a process, or all that came of a daemon, at some time within the bounds (CLOCK_MONOTONIC, ns)."""
 
-    what: str  # "worker", "fork server", "daemon"; "stop": an orderly one that waited for running jobs no longer
+    # "worker", "fork server", "daemon"; "stop": an orderly one that waited for running jobs no longer; "refused stop": ...
+    # that could not write what had ended, since the disk refused
+    what: str
     pid: int
     since: int
     until: int
@@ -144,8 +146,9 @@ class Service:
     def _exited(self, pid: int, status: int, at: int) -> None:
         self.take_hits()
         if pid in self._stopping and status == 0:
-            cut = pid in self._hurried or pid in self.unwritten or at - self._stopping[pid] >= DRAIN_TIMEOUT * 1e9
-            if cut:
+            if pid in self.unwritten:
+                self.deaths.append(Death("refused stop", pid, self._stopping[pid], at))
+            elif pid in self._hurried or at - self._stopping[pid] >= DRAIN_TIMEOUT * 1e9:
                 self.deaths.append(Death("stop", pid, self._stopping[pid], at))
         elif pid in self._killed:
             self.deaths.append(Death("daemon", pid, self._killed[pid], at))
