@@ -6,12 +6,13 @@ The long form is `tests/run faults`.
 from __future__ import annotations
 
 import json
+import re
 import signal
 import sys
 from typing import TYPE_CHECKING
 
 import pytest
-from daemon_process import Daemon, job, wait_until
+from daemon_process import ROOT, Daemon, job, wait_until
 from faults.audit import Audit, Findings, Told
 from faults.campaign import FAULTS, Campaign
 from faults.endings import NASTY
@@ -269,3 +270,16 @@ def test_an_innocent_job_that_is_charged_is_noticed(tmp_path: Path) -> None:
 def test_the_campaign_can_be_imported_without_the_product_changed() -> None:
     """The points are in the daemon's processes only: not in whoever runs the campaign."""
     assert not any(type(finder).__module__ == "faults.points" for finder in sys.meta_path)
+
+
+def test_the_figures_in_the_readme_are_those_of_the_tables() -> None:
+    """Each row about the two long runs says what their tables say."""
+    section = (ROOT / "README.md").read_text().partition("\n## Faults\n")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| ([^|]+) \| ([\d,*]+) \| ([\d,*]+) \|$", section, re.MULTILINE)
+    named = {"faults": "together, and", "jobs that mean harm": "together, of which"}
+    assert len(rows) > 15
+    for seed in (1, 2):
+        table = (ROOT / f"tests/faults/results/seed-{seed}.txt").read_text()
+        for row in rows:
+            what, figure = row[0].strip("*. "), row[seed].strip("*")
+            assert re.search(rf"^ *{figure}  {re.escape(named.get(what, what))}", table, re.MULTILINE), (seed, what)
