@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
 import pytest
 from daemon_process import Daemon, wait_until
@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from workerd import __version__, cli, submission, terminal
 from workerd.client import Client
 from workerd.errors import Exit
+from workerd.job import Count, Priority, Seconds
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -137,6 +138,13 @@ def test_version_and_help(workerd: Cli) -> None:
         assert workerd(command, "-h").status == 0
     for status in Exit:
         assert re.search(rf"^    {status.value} ", done.out, re.MULTILINE)
+
+
+def test_the_ranges_of_options_are_those_of_the_protocol() -> None:
+    """The command refuses first, and tells more; it must refuse the same."""
+    for kind, option in ((Priority, cli.PRIORITY), (Seconds, cli.SECONDS), (Count, cli.TIMES)):
+        (meta,) = get_args(kind)[1:]
+        assert (meta.ge, meta.le) == (option.min, option.max)
 
 
 def test_no_command(workerd: Cli) -> None:

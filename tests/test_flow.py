@@ -147,7 +147,7 @@ def test_replies_that_wait_for_their_turn_are_bounded() -> None:
         with one, other:
             everybody = Flow(2**20)
             session = Session(everybody, handle, everybody.clients.add, lambda _gone: None)
-            session.connection_made(Transport(one))  # type: ignore[arg-type]
+            session.connection_made(Transport(one))  # type: ignore[arg-type]  # a stand-in, with what is needed
             data = b'{"command":"status"}\n' * 12_000
             everybody._memory[: len(data)] = data
             session.buffer_updated(len(data))

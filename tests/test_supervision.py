@@ -91,6 +91,11 @@ class Targets:
 """
 
 
+def parent(pid: int) -> int:
+    """The pid of a worker's fork server, or of a fork server's daemon."""
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
 @pytest.fixture(scope="module")
 def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
     with Daemon(tmp_path_factory.mktemp("supervision"), SOURCE) as running:
@@ -273,7 +278,7 @@ def test_what_has_ended_is_settled_while_a_slow_job_runs(tmp_path: Path) -> None
 def test_a_killed_fork_server_is_replaced_with_its_workers(daemon: Daemon) -> None:
     """SIGKILL of the fork server takes its workers with it; all are started anew, and jobs run."""
     workers = daemon.workers()
-    parents = {int(Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[1]) for process in workers}
+    parents = {parent(process.pid) for process in workers}
     assert len(parents) == 1
     os.kill(parents.pop(), signal.SIGKILL)
     wait_until(lambda: not any(process.alive for process in workers), "the old workers are gone")
@@ -338,7 +343,7 @@ def test_no_descriptors_left_is_borne(tmp_path: Path) -> None:
         for kind in ("worker", "fork server"):
             victim = daemon.workers()[0].pid
             if kind == "fork server":
-                victim = int(Path(f"/proc/{victim}/stat").read_text().rpartition(")")[2].split()[1])
+                victim = parent(victim)
             resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE, (6, hard))
             os.kill(victim, signal.SIGKILL)
             daemon.wait_for_log("cannot be started" if kind == "worker" else "the workers cannot be started again")
@@ -355,7 +360,7 @@ def test_a_fork_server_without_descriptors_keeps_its_workers(tmp_path: Path) -> 
         client.request(job("mark", str(gate), max_crashes=1, reply="result"))  # runs until somebody reads
         status = daemon.wait_until(lambda status: status["jobs"]["running"] == 1, "it runs")
         (idle,) = (process["pid"] for process in status["processes"] if process["state"] == "idle")
-        server = int(Path(f"/proc/{idle}/stat").read_text().rpartition(")")[2].split()[1])
+        server = parent(idle)
         limits = resource.prlimit(server, resource.RLIMIT_NOFILE)
         resource.prlimit(server, resource.RLIMIT_NOFILE, (3, limits[1]))
         os.kill(idle, signal.SIGKILL)
@@ -437,9 +442,9 @@ def test_a_fork_server_that_dies_while_it_imports_is_tried_again(tmp_path: Path)
     """
     source = "import os\nclass T:\n    def pid(self, a): return os.getpid()\n"
     with Daemon(tmp_path, source) as daemon:
-        parent = Path(f"/proc/{daemon.workers()[0].pid}/stat").read_text().rpartition(")")[2].split()[1]
+        server = parent(daemon.workers()[0].pid)
         daemon.write_attributes("import os\nos.kill(os.getpid(), 9)\nclass T:\n    def pid(self, a): pass\n")
-        os.kill(int(parent), signal.SIGKILL)
+        os.kill(server, signal.SIGKILL)
         daemon.wait_for_log("the workers cannot be started again")
         assert daemon.request(job("pid"))["status"] == "accepted"
         daemon.write_attributes(source)

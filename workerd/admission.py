@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 from msgspec import UNSET, UnsetType
 
@@ -109,9 +109,9 @@ class Admission:
             code, message = self._missing(requests[missing[0]].target, peer)
             answer.refuse_all(requests, code, f"$[{missing[0]}].target: {message}")
             return
-        if batch and (reserved := [i for i, job in enumerate(requests) if self._is_reserved(job.id)]):
-            message = RESERVED.format(shown(requests[reserved[0]].id))
-            answer.refuse_all(requests, Code.BAD_REQUEST, f"$[{reserved[0]}].id: {message}")
+        if batch and (taken := [i for i, job in enumerate(requests) if self._is_reserved(job.id)]):
+            code, message = self._reserved(requests[taken[0]].id)
+            answer.refuse_all(requests, code, f"$[{taken[0]}].id: {message}")
             return
         if isinstance(request, protocol.Single) and request.plain:
             jobs = self._plain_jobs(request.jobs[:room], answer, allowed, now)
@@ -178,15 +178,10 @@ class Admission:
         jobs: list[Job] = []
         for request in requests:
             target = allowed.get(request.target)
-            if target is None:
-                code, message = self._missing(request.target, peer)
-                engine.metrics.rejected(code, 1)
-                answer.refuse(protocol.refusal(code, message, None if request.id is UNSET else request.id))
-                continue
-            if self._is_reserved(request.id):
-                engine.metrics.rejected(Code.BAD_REQUEST, 1)
-                message = RESERVED.format(shown(request.id))
-                answer.refuse(protocol.refusal(Code.BAD_REQUEST, message, cast("str", request.id)))
+            if target is None or self._is_reserved(request.id):
+                why = self._missing(request.target, peer) if target is None else self._reserved(request.id)
+                engine.metrics.rejected(why[0], 1)
+                answer.refuse(protocol.refusal(*why, None if request.id is UNSET else request.id))
                 continue
             name, options = target
             if request.has_options():
@@ -212,6 +207,10 @@ class Admission:
             return False
         seq = engine.writer.spool.seq_of(key)
         return seq is not None and seq >= engine.next_seq
+
+    def _reserved(self, key: str | UnsetType) -> tuple[Code, str]:
+        """Why the job may not have that id."""
+        return Code.BAD_REQUEST, RESERVED.format(shown(key))
 
     def _missing(self, target: str, peer: Peer) -> tuple[Code, str]:
         """Why the peer may submit no job of the target."""

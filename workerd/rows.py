@@ -86,14 +86,13 @@ USAGE = f"""
 SELECT coalesce(uid, {NOBODY}), count(*), coalesce(sum(length(arguments)), 0) FROM jobs
 WHERE {{chosen}} GROUP BY uid
 """
-PEEK = "SELECT json_group_array(json_array(seq, size)) FROM (SELECT seq, length(arguments) AS size FROM jobs "
-PEEK_READY = f"{PEEK} WHERE state = 0 AND priority = ? AND seq > ? ORDER BY seq LIMIT ?)"
-PEEK_SCHEDULED = f"{PEEK} WHERE state = 1 AND (ready_at, seq) > (?, ?) ORDER BY ready_at, seq LIMIT ?)"
-PEEK_DEAD = (
-    "SELECT json_group_array(json_array(seq, size)) FROM ("
-    "SELECT seq, length(arguments) + coalesce(length(error), 0) AS size FROM jobs "
-    "WHERE state = 4 AND seq > :after AND {chosen} ORDER BY seq LIMIT :limit)"
-)
+PEEK = "SELECT json_group_array(json_array(seq, size)) FROM (SELECT seq, length(arguments){more} AS size FROM jobs"
+PEEK_READY = f"{PEEK.format(more='')} WHERE state = 0 AND priority = ? AND seq > ? ORDER BY seq LIMIT ?)"
+PEEK_SCHEDULED = f"{PEEK.format(more='')} WHERE state = 1 AND (ready_at, seq) > (?, ?) ORDER BY ready_at, seq LIMIT ?)"
+PEEK_DEAD = f"""
+{PEEK.format(more=" + coalesce(length(error), 0)")}
+WHERE state = 4 AND seq > :after AND {{chosen}} ORDER BY seq LIMIT :limit)
+"""
 # A job that the daemon had named is given that name as its key, unless a client has taken it.
 REVIVE = """
 UPDATE jobs SET (seq, key, ready_at, state, attempts, crashes, error, ended)
@@ -110,12 +109,12 @@ FROM (
 # What reading a row raises in which a byte is wrong that SQLite knows nothing of. (Python's own complaint, that text is
 # no UTF-8, is an OperationalError without a name of SQLite's.)
 UNREADABLE = (sqlite3.OperationalError, msgspec.MsgspecError, ValueError, KeyError, TypeError)
-# SQLITE_ERROR is what it says where a blob stands for text, which no JSON can hold.
 
 
 def is_rotten(error: Exception) -> bool:
-    """Whether it is a row that makes no sense, and not the disk, that this tells of."""
-    return isinstance(error, UNREADABLE) and getattr(error, "sqlite_errorname", None) in {None, "SQLITE_ERROR"}
+    """Whether one of UNREADABLE tells of a row that makes no sense, and not of the disk."""
+    # SQLITE_ERROR is what it says where a blob stands for text, which no JSON can hold
+    return getattr(error, "sqlite_errorname", None) in {None, "SQLITE_ERROR"}
 
 
 # The row is kept as it is, and its job dead, by which it can be found.

@@ -227,13 +227,14 @@ class Session(asyncio.BufferedProtocol):
             lines.append(data)
             lines += [result for result, _ in reply.results]
         if lines:
-            self._kept -= sum(map(len, lines))
+            out = b"".join(lines)
+            self._kept -= len(out)
             if self._waiting and self._kept <= WRITE_HIGH:
                 self._waiting = False
                 asyncio.get_running_loop().call_soon(self._work)
             self._pending -= settled
             self._flow.settle(settled)
-            self.write(b"".join(lines))
+            self.write(out)
             self._throttle()
             self._close_when_done()
 

@@ -215,9 +215,8 @@ class Spool:
     def _is_named(self, key: str) -> bool:
         """Whether there is a job that the daemon itself has given this name; in this opening it need not be stored."""
         seq = self.seq_of(key) if key.startswith(self.identity) else None
-        return seq is not None and (seq >= self.first_seq or self._has_named(seq))
-
-    def _has_named(self, seq: int) -> bool:
+        if seq is None or seq >= self.first_seq:
+            return seq is not None
         return bool(self._one("SELECT count(*) FROM jobs WHERE seq = ? AND key IS NULL", (seq,)))
 
     def _usage(self, chosen: str, values: Mapping[str, Any]) -> Stored:

@@ -24,7 +24,7 @@ from faults.walk import Walk  # noqa: E402 - likewise
 
 SHARES = {"walk": 0.5, "strike": 0.3, "soak": 0.2}  # of the time
 EPISODE = 45.0  # seconds between two audits
-CRASHES = 6.0  # seconds of jobs that end their workers, after each of them
+AMONG_THEMSELVES = 6.0  # seconds of jobs that end their workers, after each of them
 
 
 def main() -> int:
@@ -91,7 +91,7 @@ def strike(c: Campaign, seconds: float) -> None:
         c.strike(min(EPISODE, left))
         finish(c)
         c.begin()
-        c.crash(min(CRASHES, left / 5))
+        c.crash(min(AMONG_THEMSELVES, left / 5))
         finish(c)
 
 

@@ -154,14 +154,14 @@ class NastyTargets:
 
     def raise_base(self, arguments: Any) -> None:
         with self._job(arguments):
-            raise BaseException("of all exceptions the base")  # noqa: TRY002
+            raise BaseException("of all exceptions the base")  # noqa: TRY002 - that is the harm
 
     def raise_generator_exit(self, arguments: Any) -> None:
         with self._job(arguments):
             raise GeneratorExit
 
     def raise_unprintable(self, arguments: Any) -> None:
-        class Unprintable(Exception):  # noqa: N818
+        class Unprintable(Exception):  # noqa: N818 - no name for people
             def __str__(self) -> str:
                 raise RuntimeError("no text")
 

@@ -70,7 +70,7 @@ class Instrument(ast.NodeTransformer):
         self.generic_visit(node)
         self._names.pop()
         self._depth = before
-        return node  # type: ignore[no-any-return]
+        return node  # type: ignore[no-any-return]  # `node` is any kind that has a name
 
     def generic_visit(self, node: ast.AST) -> ast.AST:
         for field in ("body", "handlers", "orelse", "finalbody", "cases"):
@@ -115,7 +115,7 @@ class Loader(SourceFileLoader):
 
     def get_code(self, fullname: str) -> CodeType:
         tree, _ = instrumented(fullname.rpartition(".")[2], self.get_data(self.path))
-        return compile(tree, self.path, "exec", dont_inherit=True)  # type: ignore[call-overload,no-any-return]
+        return compile(tree, self.path, "exec", dont_inherit=True)  # type: ignore[call-overload,no-any-return]  # any tree
 
     def exec_module(self, module: ModuleType) -> None:
         vars(module).update(self.names)
