@@ -25,6 +25,8 @@ LAYERS: list[set[str]] = [
         "protocol",
         "config",
         "backlog",
+        "line",
+        "schedule",
         "queue",
         "quotas",
         "claims",
@@ -49,7 +51,10 @@ LAYERS: list[set[str]] = [
 # ... and, beside itself, only as said here.
 NEIGHBOURS: dict[str, set[str]] = {
     "config": {"access"},
+    "schedule": {"line"},
+    "backlog": {"line", "schedule"},
     "queue": {"backlog", "quotas"},
+    "rows": {"changes"},
     "quotas": {"changes"},
     "upkeep": {"spoolfile"},
     "session": {"flow"},
@@ -84,7 +89,7 @@ HIGHEST_LAYER_SEEN = dict.fromkeys(("client", "connection", "lines", "pipeline",
 ALONE = {"examples"}
 
 # No clock, no sleep, no I/O: these get all they know passed in.
-PURE = {"errors", "job", "changes", "backlog", "queue", "quotas", "protocol", "frames"}
+PURE = {"errors", "job", "changes", "line", "schedule", "backlog", "queue", "quotas", "protocol", "frames"}
 IMPURE = {
     *("asyncio", "datetime", "io", "logging", "multiprocessing", "os", "pathlib", "select", "signal"),
     *("socket", "sqlite3", "subprocess", "threading", "time", "uvloop"),

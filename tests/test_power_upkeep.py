@@ -15,8 +15,8 @@ from daemon_process import ROOT
 from faults.powerloss import LostError, Replay, Tally
 from faults.shim import Shim, compiler
 from faults.trace import Kind, Record, read
+from transactions import transaction
 
-from workerd.changes import Changes
 from workerd.job import Job, Options
 from workerd.spool import Spool
 
@@ -109,10 +109,10 @@ def test_a_damaged_spool_is_kept_whatever_the_power_does(tmp_path: Path) -> None
     source = tmp_path / "source"
     source.mkdir()
     spool = Spool.open(tmp_path / "spool.db")
-    spool.commit(Changes(inserts=[make(spool.first_seq + n, b"in the file %d" % n) for n in range(100)]))
+    spool.commit(transaction(inserts=[make(spool.first_seq + n, b"in the file %d" % n) for n in range(100)]))
     spool._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
-    spool.commit(Changes(deletes=[spool.first_seq + 99]))
-    spool.commit(Changes(inserts=[make(spool.first_seq + 99, b"in the log")]))
+    spool.commit(transaction(deletes=[spool.first_seq + 99]))
+    spool.commit(transaction(inserts=[make(spool.first_seq + 99, b"in the log")]))
     for suffix in ("", "-wal"):
         shutil.copy(tmp_path / f"spool.db{suffix}", source)
     (source / "spool.db.claims").write_bytes(b"")

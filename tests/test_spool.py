@@ -15,11 +15,13 @@ from typing import TYPE_CHECKING
 
 import pytest
 from msgspec import structs
+from transactions import ALL, snapshot, transaction
 
 from workerd import rows
-from workerd.changes import Changes, Counts
+from workerd.changes import Counts
 from workerd.errors import SpoolError
 from workerd.job import Backoff, Job, Options, State, Submitter
+from workerd.line import place
 from workerd.spool import Spool
 
 if TYPE_CHECKING:
@@ -70,7 +72,7 @@ def several(spool: Spool, count: int, **more: object) -> list[Job]:
 
 
 def ready(spool: Spool, priority: int = 100) -> list[Job]:
-    return spool.refill_ready(priority, 0, 1_000_000, PLENTY)
+    return spool.refill_ready(priority, ALL, ALL, 1_000_000, PLENTY)
 
 
 def scheduled(spool: Spool) -> list[Job]:
@@ -105,9 +107,9 @@ def test_every_field_survives(spool: Spool) -> None:
     keys = ["k", "ключ-é", 'quote"\\', "nul\0inside", "😀" * 128]
     keyed = [make(first + 10 + i, key=key, arguments=every_byte[i:]) for i, key in enumerate(keys)]
     late = [make(first + 20, delay=1 / 3), make(first + 21, delay=10 * 365 * 86400.0, key="late")]
-    committed = spool.commit(Changes(inserts=[*jobs, late[0]], keyed=[*keyed, late[1]]))
+    committed = spool.commit(transaction(inserts=[*jobs, late[0]], keyed=[*keyed, late[1]]))
     assert committed.new == {job.seq for job in [*keyed, late[1]]}
-    assert ready(spool) == [stored(job) for job in jobs + keyed]
+    assert ready(spool) == [stored(job) for job in sorted(jobs + keyed, key=place)]
     assert scheduled(spool) == [stored(job) for job in late]
 
 
@@ -115,7 +117,7 @@ def test_everything_survives_a_restart(path: Path) -> None:
     """What was committed is there after closing and opening, under the same identity."""
     spool = Spool.open(path)
     jobs, identity = several(spool, 50), spool.identity
-    spool.commit(Changes(inserts=jobs))
+    spool.commit(transaction(inserts=jobs))
     spool.close()
     spool = Spool.open(path)
     assert (ready(spool), spool.identity) == ([stored(job) for job in jobs], identity)
@@ -139,17 +141,17 @@ def test_batches_of_random_jobs_survive(spool: Spool) -> None:
         )
         for i in range(500)
     ]
-    spool.commit(Changes([job for job in jobs if not job.key], [job for job in jobs if job.key]))
-    assert ready(spool) == [stored(job) for job in jobs]
+    spool.commit(transaction([job for job in jobs if not job.key], [job for job in jobs if job.key]))
+    assert ready(spool) == [stored(job) for job in sorted(jobs, key=place)]
 
 
 def test_a_batch_may_be_larger_than_one_statement(spool: Spool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Many bytes of arguments are cut into several statements of the same transaction."""
     monkeypatch.setattr(rows, "CHUNK", 1000)
     jobs = [*several(spool, 30, arguments=b"x" * 300), make(spool.first_seq + 30, arguments=b"y" * 5000)]
-    assert len(list(rows.packed(jobs))) == 8
+    assert len(list(rows.packed(snapshot(*jobs)))) == 11
     keyed = [make(spool.first_seq + 100 + i, key=str(i), arguments=b"z" * 400) for i in range(10)]
-    assert spool.commit(Changes(inserts=jobs, keyed=keyed)).new == {job.seq for job in keyed}
+    assert spool.commit(transaction(inserts=jobs, keyed=keyed)).new == {job.seq for job in keyed}
     assert ready(spool) == [stored(job) for job in jobs + keyed]
 
 
@@ -157,19 +159,56 @@ def test_running_is_not_stored(spool: Spool) -> None:
     """A job that a worker has taken meanwhile is ready on the disk; one that was ever delayed, scheduled."""
     taken, late = make(spool.first_seq), make(spool.first_seq + 1, delay=5)
     taken.state = late.state = State.RUNNING
-    spool.commit(Changes(inserts=[taken, late]))
+    spool.commit(transaction(inserts=[taken, late]))
     assert [job.state for job in ready(spool) + scheduled(spool)] == [State.READY, State.SCHEDULED]
 
 
 def test_nothing_to_do() -> None:
-    """Changes are false until something is in them."""
-    assert not Changes()
+    """A transaction is false until something is in it."""
+    assert not transaction()
     assert all(
         (
-            Changes(inserts=[make(1)]), Changes(keyed=[make(1)]), Changes(deletes=[1]), Changes(succeeded=[(1, 1.0)]),
-            Changes(updates=[make(1)]), Changes(buried=[(make(1), b"{}", 1.0)]),
+            transaction(inserts=[make(1)]), transaction(keyed=[make(1)]), transaction(deletes=[1]), transaction(succeeded=[(1, 1.0)]),
+            transaction(updates=[make(1)]), transaction(buried=[(make(1), b"{}", 1.0)]),
         )
     )  # fmt: skip
+
+
+def test_what_is_written_of_a_job_is_as_it_was_when_it_was_handed_over(spool: Spool) -> None:
+    """A job that fails while its batch is packed, on another thread, changes neither its own row nor that of any other
+    of its kind.
+    """
+
+    class Failing(tuple[Job, ...]):
+        __slots__ = ()
+
+        def __iter__(self) -> Iterator[Job]:
+            for job in tuple.__iter__(self):
+                yield job
+                for other in tuple.__iter__(self):
+                    other.attempts, other.ready_at, other.state = 1, NOW + 300, State.SCHEDULED
+
+    jobs = several(spool, 100)
+    taken = transaction(inserts=jobs)
+    failing = structs.replace(taken, inserts=structs.replace(snapshot(*jobs), jobs=Failing(jobs)))
+    spool.commit(failing)
+    assert jobs[-1].attempts == 1, "it did fail meanwhile"
+    assert [(job.attempts, job.ready_at) for job in ready(spool)] == [(0, NOW)] * 100
+
+
+def test_many_endings_are_written_in_statements_of_bounded_size(spool: Spool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SQLite takes no text above a limit of its own: what has piled up is cut, and all of it is written."""
+    jobs = several(spool, 300, arguments=b"x" * 2000)
+    spool.commit(transaction(inserts=jobs))
+    monkeypatch.setattr(rows, "CHUNK", 100_000)
+    before = spool._db.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, 200_000)
+    error = b'{"message":"%b"}' % (b"\\u0001" * 500)
+    buried = [(job, error, NOW) for job in jobs[:100]]
+    succeeded = [(job.seq, NOW) for job in jobs[100:200]]
+    spool.commit(transaction(buried=buried, succeeded=succeeded * 200, deletes=[job.seq for job in jobs[200:]] * 200))
+    spool._db.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, before)
+    assert spool.counts(NOW + 1) == Counts({}, 0, 100)
+    assert {dead.error for dead in spool.dead({}, 0, 1000, PLENTY)[0]} == {error}
 
 
 # --- ids of clients ---------------------------------------------------------------------------------------
@@ -179,31 +218,31 @@ def test_known_ids_are_not_stored_again(spool: Spool) -> None:
     """Of jobs with one id only the first is new, within a commit and between commits."""
     first = spool.first_seq
     one, twin, other = make(first, key="a"), make(first + 1, key="a"), make(first + 2, key="b")
-    assert spool.commit(Changes(keyed=[one, twin, other])).new == {first, first + 2}
+    assert spool.commit(transaction(keyed=[one, twin, other])).new == {first, first + 2}
     again = [make(first + 3, key="b"), make(first + 4, key="c")]
-    assert spool.commit(Changes(keyed=again)).new == {first + 4}
-    assert spool.commit(Changes(keyed=[make(first + 5, key="c")])).new == frozenset()
+    assert spool.commit(transaction(keyed=again)).new == {first + 4}
+    assert spool.commit(transaction(keyed=[make(first + 5, key="c")])).new == frozenset()
     assert seqs(ready(spool)) == [first, first + 2, first + 4]
 
 
 def test_ids_are_remembered_then_purged(spool: Spool) -> None:
     """An id stays known after its job has ended, until it is purged; then it may be given again."""
     job = make(spool.first_seq, key="a", arguments=b"x" * 100)
-    spool.commit(Changes(keyed=[job]))
-    spool.commit(Changes(succeeded=[(job.seq, 1000.0)]))
-    assert spool.counts() == Counts({}, 0, 0)
+    spool.commit(transaction(keyed=[job]))
+    spool.commit(transaction(succeeded=[(job.seq, 1000.0)]))
+    assert spool.counts(NOW + 1) == Counts({}, 0, 0)
     again = make(spool.first_seq + 1, key="a")
-    assert spool.commit(Changes(keyed=[again])).new == frozenset()
+    assert spool.commit(transaction(keyed=[again])).new == frozenset()
     assert spool.purge(1000.0) == 0
     assert spool.purge(1000.5) == 1
-    assert spool.commit(Changes(keyed=[again])).new == {again.seq}
+    assert spool.commit(transaction(keyed=[again])).new == {again.seq}
 
 
 def test_purge_is_bounded(spool: Spool, monkeypatch: pytest.MonkeyPatch) -> None:
     """A call purges so many ids, the oldest first; the caller asks until none is left."""
     monkeypatch.setattr("workerd.spool.PURGE_ROWS", 40)
     jobs = [make(spool.first_seq + i, key=str(i)) for i in range(100)]
-    spool.commit(Changes(keyed=jobs, succeeded=[(job.seq, 1000.0 + i) for i, job in enumerate(jobs)]))
+    spool.commit(transaction(keyed=jobs, succeeded=[(job.seq, 1000.0 + i) for i, job in enumerate(jobs)]))
     assert [spool.purge(2000.0) for _ in range(4)] == [40, 40, 20, 0]
 
 
@@ -214,8 +253,8 @@ def test_purge_gives_space_back(
     monkeypatch.setattr("workerd.spool.VACUUM_PAGES", 100)
     spool = open_spool(path)
     jobs = several(spool, 100, arguments=b"x" * 20_000)
-    spool.commit(Changes(inserts=jobs))
-    spool.commit(Changes(deletes=seqs(jobs)))
+    spool.commit(transaction(inserts=jobs))
+    spool.commit(transaction(deletes=seqs(jobs)))
     pages = spool._one("PRAGMA page_count")
     spool.purge(0.0)
     assert spool._one("PRAGMA page_count") == pages - 100
@@ -228,18 +267,18 @@ def test_purge_gives_space_back(
 def test_deleted_jobs_are_gone(spool: Spool) -> None:
     """Jobs that ended well leave nothing; to delete one that is not there is harmless."""
     jobs = several(spool, 10)
-    spool.commit(Changes(inserts=jobs))
-    spool.commit(Changes(deletes=[*seqs(jobs[2:]), 12345]))
+    spool.commit(transaction(inserts=jobs))
+    spool.commit(transaction(deletes=[*seqs(jobs[2:]), 12345]))
     assert ready(spool) == [stored(job) for job in jobs[:2]]
 
 
 def test_updates_are_stored(spool: Spool) -> None:
     """A retried job is scheduled with its new numbers, whether or not it had a row; the rest of it stays."""
     old, unknown = several(spool, 2, arguments=b"\xff\0")
-    spool.commit(Changes(inserts=[old]))
+    spool.commit(transaction(inserts=[old]))
     for job in (old, unknown):
         job.attempts, job.crashes, job.ready_at, job.state = 2, 1, NOW + 9, State.SCHEDULED
-    spool.commit(Changes(updates=[old, unknown]))
+    spool.commit(transaction(updates=[old, unknown]))
     assert ready(spool) == []
     assert scheduled(spool) == [stored(old), stored(unknown)]
 
@@ -251,7 +290,7 @@ def test_a_whole_life_in_one_commit(spool: Spool) -> None:
     for job in (deleted, buried, known):
         job.attempts, job.ready_at = 1, NOW + 1
     spool.commit(
-        Changes(
+        transaction(
             inserts=[deleted, buried],
             keyed=[known],
             updates=[deleted, buried, known],
@@ -260,7 +299,7 @@ def test_a_whole_life_in_one_commit(spool: Spool) -> None:
             deletes=[deleted.seq],
         )
     )
-    assert spool.counts() == Counts({}, 0, 1)
+    assert spool.counts(NOW + 1) == Counts({}, 0, 1)
     assert seqs([dead.job for dead in spool.dead({}, 0, 10, PLENTY)[0]]) == [buried.seq]
     assert spool.purge(NOW + 1) == 1
 
@@ -268,8 +307,8 @@ def test_a_whole_life_in_one_commit(spool: Spool) -> None:
 def test_a_key_that_is_taken_bars_nothing(spool: Spool) -> None:
     """A change of a job whose key belongs to another is left out; the commit goes through."""
     first = spool.first_seq
-    spool.commit(Changes(keyed=[make(first, key="a")]))
-    spool.commit(Changes(inserts=[make(first + 2)], updates=[make(first + 1, key="a")]))
+    spool.commit(transaction(keyed=[make(first, key="a")]))
+    spool.commit(transaction(inserts=[make(first + 2)], updates=[make(first + 1, key="a")]))
     assert seqs(ready(spool)) == [first, first + 2]
 
 
@@ -277,10 +316,10 @@ def test_buried_jobs_keep_their_error(spool: Spool) -> None:
     """A dead job is kept with its error and its end, byte for byte, whether or not it had a row."""
     old, unknown, keyed = several(spool, 3, arguments=b"\0\xff")
     keyed.key = "a"
-    spool.commit(Changes(inserts=[old], keyed=[keyed]))
+    spool.commit(transaction(inserts=[old], keyed=[keyed]))
     for job in (old, unknown, keyed):
         job.attempts, job.state = 3, State.DEAD
-    spool.commit(Changes(buried=[(job, ERROR, NOW + 1) for job in (old, unknown, keyed)]))
+    spool.commit(transaction(buried=[(job, ERROR, NOW + 1) for job in (old, unknown, keyed)]))
     dead, total, _ = spool.dead({}, 0, 10, PLENTY)
     assert total == 3
     assert [one.job for one in dead] == [stored(old), stored(unknown), stored(keyed)]
@@ -293,7 +332,7 @@ def test_crashes_are_charged(spool: Spool) -> None:
     waiting, late, dead, over = several(spool, 4)
     late.ready_at, late.state, over.key = NOW + 5, State.SCHEDULED, "a"
     spool.commit(
-        Changes(inserts=[waiting, late], keyed=[over], buried=[(dead, ERROR, NOW)], succeeded=[(over.seq, NOW)])
+        transaction(inserts=[waiting, late], keyed=[over], buried=[(dead, ERROR, NOW)], succeeded=[(over.seq, NOW)])
     )
     assert spool.charge_crashes([dead.seq, late.seq, over.seq, 99, waiting.seq]) == [
         stored(waiting, crashes=1), stored(late, crashes=1),
@@ -306,13 +345,39 @@ def test_crashes_are_charged(spool: Spool) -> None:
 
 
 def test_ready_jobs_come_in_order(spool: Spool) -> None:
-    """Each priority is a line of its own, read by seq from behind the cursor."""
+    """Each priority is a line of its own, read by the moment of being ready, then by seq, from behind the cursor."""
     jobs = [make(spool.first_seq + i, priority=i % 2) for i in range(20)]
-    spool.commit(Changes(inserts=random.Random(1).sample(jobs, 20)))
-    got = spool.refill_ready(1, 0, 4, PLENTY)
+    spool.commit(transaction(inserts=random.Random(1).sample(jobs, 20)))
+    got = spool.refill_ready(1, ALL, ALL, 4, PLENTY)
     assert seqs(got) == seqs(jobs[1:8:2])
-    assert seqs(spool.refill_ready(1, got[-1].seq, 100, PLENTY)) == seqs(jobs[9::2])
-    assert spool.refill_ready(2, 0, 100, PLENTY) == []
+    assert seqs(spool.refill_ready(1, place(got[-1]), ALL, 100, PLENTY)) == seqs(jobs[9::2])
+    assert spool.refill_ready(2, ALL, ALL, 100, PLENTY) == []
+
+
+def test_jobs_that_were_delayed_come_at_their_place_in_the_line(spool: Spool) -> None:
+    """A line is one, whoever waited for its time: what became ready first comes first, up to the moment at which the
+    scheduled jobs have joined it.
+    """
+    first = spool.first_seq
+    jobs = [make(first + i, submitted=NOW + i, ready_at=NOW + i) for i in range(4)]
+    late = [make(first + 4, delay=0.5), make(first + 5, delay=2.5), make(first + 6, delay=2.5, priority=7)]
+    late += [make(first + 7, delay=9)]
+    spool.commit(transaction(inserts=jobs + late))
+    all_of_them = (NOW + 2.5, first + 5)
+    assert seqs(spool.refill_ready(100, ALL, all_of_them, 99, PLENTY)) == [first + i for i in (0, 4, 1, 2, 5, 3)]
+    assert seqs(spool.refill_ready(100, ALL, (NOW + 1, 0), 99, PLENTY)) == [first + i for i in (0, 4, 1, 2, 3)]
+    assert seqs(spool.refill_ready(100, place(jobs[1]), all_of_them, 2, PLENTY)) == [first + 2, first + 5]
+    assert spool.counts(NOW + 2.6) == Counts({100: 6, 7: 1}, 1, 0)
+    assert spool.counts(NOW + 2.5) == Counts({100: 5}, 3, 0), "what is due at this very moment is not ready yet"
+
+
+@pytest.mark.parametrize("rows_of", ["ready", "due"])
+def test_a_line_is_read_by_its_index(spool: Spool, rows_of: str) -> None:
+    """A page of a line costs what the page holds, whatever lies behind it: nothing is sorted, no table is walked."""
+    values = dict.fromkeys(("priority", "ready_at", "seq", "until_at", "until_seq", "limit"), 1)
+    plan = [row[3] for row in spool._db.execute(f"EXPLAIN QUERY PLAN {rows.PEEK_READY}", values)]
+    assert any(f"USING INDEX {rows_of} (priority=? AND ready_at>?" in step for step in plan), plan
+    assert not any("TEMP B-TREE" in step or "SCAN jobs" in step for step in plan), plan
 
 
 ROTTEN = {
@@ -326,7 +391,7 @@ ROTTEN = {
 def test_a_rotten_row_costs_its_own_job_only(spool: Spool, rot: str) -> None:
     """A byte that changed where SQLite does not notice: that job is dead, and its row kept; the others come."""
     jobs = several(spool, 20)
-    spool.commit(Changes(inserts=jobs))
+    spool.commit(transaction(inserts=jobs))
     spool._db.execute(f"{ROTTEN[rot]} WHERE seq = {jobs[7].seq}")
     before = spool._db.execute(
         f"SELECT CAST(target AS BLOB), CAST(options AS BLOB), CAST(key AS BLOB) FROM jobs WHERE seq = {jobs[7].seq}"
@@ -346,7 +411,7 @@ def test_scheduled_jobs_come_in_order(spool: Spool) -> None:
     """Scheduled jobs are read by time, those of the same time by seq, from behind the cursor."""
     delays = [5.0, 1.0, 3.3, 1.0, 9.9, 3.3]
     jobs = [make(spool.first_seq + i, delay=delay) for i, delay in enumerate(delays)]
-    spool.commit(Changes(inserts=jobs))
+    spool.commit(transaction(inserts=jobs))
     right = sorted(jobs, key=lambda job: (job.ready_at, job.seq))
     got = spool.refill_scheduled((float("-inf"), 0), 3, PLENTY)
     assert seqs(got) == seqs(right[:3])
@@ -356,21 +421,21 @@ def test_scheduled_jobs_come_in_order(spool: Spool) -> None:
 def test_bytes_bound_a_refill(spool: Spool) -> None:
     """A refill ends with the job that passes the bound, so that a large one is never out of reach."""
     now, later = several(spool, 5, arguments=b"x" * 100), several(spool, 10, arguments=b"x" * 100, delay=1)[5:]
-    spool.commit(Changes(inserts=now + later))
+    spool.commit(transaction(inserts=now + later))
     start = (float("-inf"), 0)
     for bound, count in ((0, 1), (99, 1), (250, 3), (10_000, 5)):
-        assert len(spool.refill_ready(100, 0, 10, bound)) == count
+        assert len(spool.refill_ready(100, ALL, ALL, 10, bound)) == count
         assert len(spool.refill_scheduled(start, 10, bound)) == count
 
 
 def test_counts(spool: Spool) -> None:
     """All is counted by state, ready jobs by priority."""
     first = spool.first_seq
-    assert spool.counts() == Counts({}, 0, 0)
+    assert spool.counts(NOW + 1) == Counts({}, 0, 0)
     jobs = [make(first + i, priority=i % 3, submitted=NOW + i, ready_at=NOW + i) for i in range(10)]
     late = [make(first + 20, delay=7), make(first + 21, delay=2)]
-    spool.commit(Changes(inserts=jobs + late, buried=[(make(first + 30), ERROR, NOW)], deletes=[first]))
-    assert spool.counts() == Counts({0: 3, 1: 3, 2: 3}, 2, 1)
+    spool.commit(transaction(inserts=jobs + late, buried=[(make(first + 30), ERROR, NOW)], deletes=[first]))
+    assert spool.counts(NOW + 1) == Counts({0: 3, 1: 3, 2: 3}, 2, 1)
 
 
 # --- dead jobs --------------------------------------------------------------------------------------------
@@ -382,7 +447,7 @@ def bury(spool: Spool) -> list[Job]:
     jobs[4].key, jobs[5].key = "four", "five"
     for job in jobs[1::2]:
         job.submitter = Submitter(1001, 4321)
-    spool.commit(Changes(buried=[(job, ERROR, NOW) for job in jobs]))
+    spool.commit(transaction(buried=[(job, ERROR, NOW) for job in jobs]))
     return jobs
 
 
@@ -414,7 +479,7 @@ def find_dead(spool: Spool, job_id: str, uid: int | None = None) -> list[int]:
 def test_a_dead_job_is_found_by_its_id(spool: Spool) -> None:
     """The id is the client's, or else the daemon's; anything else finds nothing."""
     jobs = bury(spool)
-    spool.commit(Changes(inserts=[make(spool.first_seq + 9)]))
+    spool.commit(transaction(inserts=[make(spool.first_seq + 9)]))
     for job in jobs:
         assert find_dead(spool, job.key or f"{spool.identity}-{job.seq:x}") == [job.seq]
     assert find_dead(spool, "five", 1001) == [jobs[5].seq]
@@ -451,7 +516,7 @@ def test_revived_jobs_start_anew(spool: Spool) -> None:
     """Revived jobs are ready at the end of the order, in their old order, and keep the id that people know."""
     jobs = bury(spool)
     living = make(spool.first_seq + 9, priority=0)
-    spool.commit(Changes(inserts=[living]))
+    spool.commit(transaction(inserts=[living]))
     first = spool.first_seq + 1000
     assert spool.revive({"all": True}, first, now=NOW + 50) == {0: 2, 1: 2, 2: 2}
     names = [job.key or f"{spool.identity}-{job.seq:x}" for job in jobs]
@@ -462,7 +527,7 @@ def test_revived_jobs_start_anew(spool: Spool) -> None:
     assert ready(spool, 1) + ready(spool, 2) == [expected[1], expected[4], expected[2], expected[5]]
     assert spool.dead({}, 0, 10, PLENTY) == ([], 0, False)
     assert spool.revive({"all": True}, first + 100) == {}
-    spool.commit(Changes(buried=[(ready(spool, 1)[0], ERROR, NOW)]))
+    spool.commit(transaction(buried=[(ready(spool, 1)[0], ERROR, NOW)]))
     assert find_dead(spool, names[1])
 
 
@@ -499,7 +564,7 @@ def test_no_more_are_revived_than_there_are_seqs(spool: Spool) -> None:
 def test_a_name_that_a_client_took(spool: Spool) -> None:
     """A job whose id a client has used for another, before it was stored, is revived all the same."""
     thief = make(spool.first_seq + 50, key=f"{spool.identity}-{spool.first_seq:x}")
-    spool.commit(Changes(inserts=[thief]))  # as an older version let it
+    spool.commit(transaction(inserts=[thief]))  # as an older version let it
     bury(spool)
     assert spool.revive({"target": "a"}, spool.first_seq + 1000) == {0: 1, 2: 1, 1: 1}
     assert [one.key for one in ready(spool, 0)] == [None]
@@ -510,10 +575,10 @@ def test_the_name_of_a_job_is_known(spool: Spool) -> None:
     opening also where that need not be stored, since it runs already or has ended.
     """
     first = several(spool, 3)
-    spool.commit(Changes(inserts=first))
+    spool.commit(transaction(inserts=first))
     again = [make(spool.first_seq + 50 + i, key=f"{spool.identity}-{spool.first_seq + i:x}") for i in range(4)]
     older = make(spool.first_seq + 60, key=f"{spool.identity}-{spool.first_seq - 1:x}")
-    assert spool.commit(Changes(keyed=[*again, older])).new == {older.seq}
+    assert spool.commit(transaction(keyed=[*again, older])).new == {older.seq}
     assert seqs(ready(spool)) == [*seqs(first), older.seq]
 
 
@@ -526,8 +591,8 @@ def test_deleted_dead_jobs_leave_the_ids_of_clients(spool: Spool) -> None:
     assert spool.delete_dead({"id": "four"}, NOW) == {}
     assert spool.delete_dead({"all": True}, NOW) == {-1: (2, 6)}
     assert spool.usage() == {}
-    assert spool.counts() == Counts({}, 0, 0)
-    assert spool.commit(Changes(keyed=[make(spool.first_seq + 60, key="five")])).new == frozenset()
+    assert spool.counts(NOW + 1) == Counts({}, 0, 0)
+    assert spool.commit(transaction(keyed=[make(spool.first_seq + 60, key="five")])).new == frozenset()
     assert spool.purge(NOW + 1) == 2
 
 
@@ -547,7 +612,7 @@ def test_each_opening_has_seqs_of_its_own(path: Path, open_spool: Callable[[Path
 def test_files_are_private(tmp_path: Path, open_spool: Callable[[Path | None], Spool]) -> None:
     """Folders and files are made for this user alone."""
     path = tmp_path / "state" / "workerd" / "spool.db"
-    open_spool(path).commit(Changes(inserts=[make(1)]))
+    open_spool(path).commit(transaction(inserts=[make(1)]))
     assert path.parent.stat().st_mode & 0o777 == 0o700
     modes = {file.name: oct(file.stat().st_mode & 0o777) for file in path.parent.iterdir()}
     assert modes == dict.fromkeys(("spool.db", "spool.db-wal", "spool.db-shm", "spool.db.lock"), "0o600")
@@ -558,7 +623,7 @@ def test_one_daemon_at_a_time(path: Path, open_spool: Callable[[Path | None], Sp
     spool = open_spool(path)
     with pytest.raises(SpoolError, match=rf"in use by another workerd \(pid {os.getpid()}\)"):
         Spool.open(path)
-    spool.commit(Changes(inserts=[make(1)]))
+    spool.commit(transaction(inserts=[make(1)]))
     spool.close()
     assert seqs(ready(open_spool(path))) == [1]
 
@@ -580,10 +645,10 @@ def test_a_newer_schema_is_refused(path: Path) -> None:
     """A spool of a later version is not touched, and the message says so."""
     Spool.open(path).close()
     with sqlite3.connect(path) as db:
-        db.execute("PRAGMA user_version = 3")
+        db.execute("PRAGMA user_version = 4")
     db.close()
     before = path.read_bytes()
-    with pytest.raises(SpoolError, match=r"newer workerd \(schema 3, this one knows 2\)"):
+    with pytest.raises(SpoolError, match=r"newer workerd \(schema 4, this one knows 3\)"):
         Spool.open(path)
     assert path.read_bytes() == before
 
@@ -635,23 +700,23 @@ def test_a_full_disk_refuses_and_recovers(path: Path, open_spool: Callable[[Path
     """Without space a commit changes nothing and says why; with space the next one works."""
     spool = open_spool(path)
     before = several(spool, 3)
-    spool.commit(Changes(inserts=before))
+    spool.commit(transaction(inserts=before))
     spool._db.execute(f"PRAGMA max_page_count = {spool._one('PRAGMA page_count') + 5}").fetchall()
     large = [make(spool.first_seq + 10 + i, arguments=b"x" * 10_000) for i in range(50)]
     with pytest.raises(SpoolError, match=rf"the spool {path}: .*full.*no space is left"):
-        spool.commit(Changes(inserts=large, deletes=[before[0].seq]))
+        spool.commit(transaction(inserts=large, deletes=[before[0].seq]))
     assert ready(spool) == [stored(job) for job in before]
-    spool.commit(Changes(deletes=[before[0].seq]))
+    spool.commit(transaction(deletes=[before[0].seq]))
     spool._db.execute("PRAGMA max_page_count = 1000000").fetchall()
-    spool.commit(Changes(inserts=large))
+    spool.commit(transaction(inserts=large))
     assert seqs(ready(spool)) == seqs(before[1:] + large)
 
 
 def test_a_seq_given_twice_is_a_failure(spool: Spool) -> None:
     """Two jobs are never mixed up: the second with a seq is refused with its whole commit."""
-    spool.commit(Changes(inserts=[make(5, arguments=b"first")]))
+    spool.commit(transaction(inserts=[make(5, arguments=b"first")]))
     with pytest.raises(SpoolError, match="UNIQUE"):
-        spool.commit(Changes(inserts=[make(6), make(5, arguments=b"second")]))
+        spool.commit(transaction(inserts=[make(6), make(5, arguments=b"second")]))
     assert [(job.seq, job.arguments) for job in ready(spool)] == [(5, b"first")]
 
 
@@ -662,24 +727,24 @@ def test_a_locked_database_is_reported(path: Path, open_spool: Callable[[Path | 
     stranger = sqlite3.connect(path, isolation_level=None)
     stranger.execute("BEGIN IMMEDIATE")
     with pytest.raises(SpoolError, match="another program holds a lock"):
-        spool.commit(Changes(inserts=[make(1)]))
+        spool.commit(transaction(inserts=[make(1)]))
     stranger.close()
-    spool.commit(Changes(inserts=[make(1)]))
+    spool.commit(transaction(inserts=[make(1)]))
 
 
 def test_after_close_nothing_works(path: Path) -> None:
     """A closed spool says so as any other failure, and closing leaves one file and the lock."""
     spool = Spool.open(path)
-    spool.commit(Changes(inserts=[make(1)]))
+    spool.commit(transaction(inserts=[make(1)]))
     spool.close()
     with pytest.raises(SpoolError, match="closed"):
-        spool.commit(Changes(inserts=[make(2)]))
+        spool.commit(transaction(inserts=[make(2)]))
     assert {file.name for file in path.parent.iterdir()} == {"spool.db", "spool.db.lock"}
 
 
 def test_another_thread_may_use_it(spool: Spool) -> None:
     """The thread that opens need not be the one that works; `size` may be asked from anywhere."""
-    thread = threading.Thread(target=spool.commit, args=[Changes(inserts=several(spool, 100))])
+    thread = threading.Thread(target=spool.commit, args=[transaction(inserts=several(spool, 100))])
     thread.start()
     thread.join()
     assert len(ready(spool)) == 100
@@ -689,15 +754,15 @@ def test_another_thread_may_use_it(spool: Spool) -> None:
 COMMITTER = """
 import sys
 from pathlib import Path
+from transactions import transaction
 from workerd.job import Job, Options
-from workerd.changes import Changes
 from workerd.spool import Spool
 
 spool = Spool.open(Path(sys.argv[1]))
 seq = spool.first_seq
 while True:
     jobs = [Job(seq + i, "target", b"[%d]" % (seq + i), Options(), 1.0, 1.0) for i in range(20)]
-    spool.commit(Changes(inserts=jobs))
+    spool.commit(transaction(inserts=jobs))
     seq += 20
     print(seq - 1, flush=True)
 """
@@ -708,8 +773,12 @@ def test_kill_9_loses_nothing_committed(path: Path, open_spool: Callable[[Path |
     highest = []
     for round_ in range(3):
         child = subprocess.Popen(
-            [sys.executable, "-c", COMMITTER, str(path)], stdout=subprocess.PIPE, text=True, cwd=ROOT
-        )  # fmt: skip
+            [sys.executable, "-c", COMMITTER, str(path)],
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+            env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"},
+        )
         assert child.stdout is not None
         for _ in range(5 + 7 * round_):
             last = int(child.stdout.readline())
@@ -732,7 +801,7 @@ def test_a_copy_of_the_files_in_use_is_whole(
     """When commit() has returned, the files on the disk hold the jobs: nothing is kept back in the process."""
     spool = open_spool(path)
     jobs = several(spool, 100)
-    spool.commit(Changes(inserts=jobs))
+    spool.commit(transaction(inserts=jobs))
     copy = tmp_path / "copy"
     copy.mkdir()
     for name in ("spool.db", "spool.db-wal"):
@@ -744,7 +813,7 @@ def test_a_row_whose_arguments_became_text_changes_no_other_jobs_arguments(spool
     """One bit of a row's header makes text of a blob; the arguments of its neighbours stay their own."""
     given = ['"éé"'.encode(), b'"one"', b'"two"']
     jobs = [make(spool.first_seq + i, arguments=arguments) for i, arguments in enumerate(given)]
-    spool.commit(Changes(inserts=jobs))
+    spool.commit(transaction(inserts=jobs))
     spool._db.execute("UPDATE jobs SET arguments = CAST(arguments AS TEXT) WHERE seq = ?", (spool.first_seq,))
     assert [job.arguments for job in ready(spool)] == given
 
@@ -755,16 +824,16 @@ def test_a_row_whose_columns_are_of_another_kind_costs_its_own_job_only(spool: S
     """One bit of a row's header makes a blob of text, or another number of one; the others of its line are read all the
     same, and what is read can be stored again.
     """
-    spool.commit(Changes(inserts=several(spool, 3)))
+    spool.commit(transaction(inserts=several(spool, 3)))
     spool._db.execute(f"UPDATE jobs SET {column} = {value} WHERE seq = ?", (spool.first_seq,))
     found = ready(spool)
     assert seqs(found)[-2:] == [spool.first_seq + 1, spool.first_seq + 2]
-    spool.commit(Changes(updates=found))
+    spool.commit(transaction(updates=found))
 
 
 def test_a_number_too_large_for_a_seq_is_no_name_of_a_job(spool: Spool) -> None:
     """An id of a client's that looks like one of the daemon's, with any number of digits, is an id like any other."""
     key = f"{spool.identity}-{'f' * 20}"
     assert spool.seq_of(key) is None
-    assert spool.commit(Changes(keyed=[make(spool.first_seq, key=key)])).new == {spool.first_seq}
+    assert spool.commit(transaction(keyed=[make(spool.first_seq, key=key)])).new == {spool.first_seq}
     assert find_dead(spool, f"{spool.identity}-{2**63:x}") == []

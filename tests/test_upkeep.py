@@ -14,9 +14,10 @@ from pathlib import Path
 
 import pytest
 from daemon_process import ROOT, Daemon, job
+from transactions import ALL, transaction
 
 from workerd import upkeep
-from workerd.changes import Changes, Counts
+from workerd.changes import Counts
 from workerd.claims import Claims
 from workerd.errors import DamagedSpoolError, SpoolError
 from workerd.job import Job, Options
@@ -85,15 +86,15 @@ def check_migrated(path: Path) -> None:
     spool = Spool.open(path)
     try:
         assert (spool.identity, spool.first_seq >> 40) == ("abcdefghij", 4)
-        assert spool.counts() == Counts({100: 2}, 1, 1)
-        one, two = spool.refill_ready(100, 0, 10, PLENTY)
+        assert spool.counts(NOW) == Counts({100: 2}, 1, 1)
+        one, two = spool.refill_ready(100, ALL, ALL, 10, PLENTY)
         assert (one.seq, one.target, one.arguments, one.submitter) == (1, "one", b"[1]", None)
         assert (two.key, two.arguments, two.options) == ("mine", b"\xff\0" * 9000, Options())
         assert [job.target for job in spool.refill_scheduled((0.0, 0), 10, PLENTY)] == ["late"]
         (gone,), _, _ = spool.dead({}, 0, 10, PLENTY)
         assert (gone.job.target, gone.error, gone.ended) == ("gone", ERROR, NOW)
         again = Job(spool.first_seq, "t", b"", Options(), NOW, NOW, key="known")
-        assert spool.commit(Changes(keyed=[again])).new == frozenset(), "its id is still known"
+        assert spool.commit(transaction(keyed=[again])).new == frozenset(), "its id is still known"
         assert spool._one("PRAGMA integrity_check") == "ok"
     finally:
         spool.close()
@@ -141,7 +142,7 @@ def test_a_migration_that_is_interrupted_anywhere_is_begun_again(old: Path, tmp_
 
 def check_migrated_or_done(path: Path) -> None:
     spool = Spool.open(path)
-    assert spool.counts() == Counts({100: 2}, 1, 1)
+    assert spool.counts(NOW) == Counts({100: 2}, 1, 1)
     spool.close()
     assert path.with_name("spool.db.schema-1").exists()
 
@@ -159,7 +160,7 @@ def used_spool(path: Path, jobs: int = 2000) -> None:
     """A spool that a daemon has used, with ready jobs in it."""
     spool = Spool.open(path)
     seqs = range(spool.first_seq, spool.first_seq + jobs)
-    spool.commit(Changes(inserts=[Job(seq, "target", b"[%d]" % 10**99, Options(), NOW, NOW) for seq in seqs]))
+    spool.commit(transaction(inserts=[Job(seq, "target", b"[%d]" % 10**99, Options(), NOW, NOW) for seq in seqs]))
     spool.close()
     os.close(Claims.open(path.with_name("spool.db.claims")).fd)
 
@@ -182,7 +183,7 @@ def test_a_damaged_spool_is_put_aside_when_it_is_opened(
     damaged = path.read_bytes()
     spool = Spool.open(path)
     try:
-        assert spool.counts() == Counts({}, 0, 0)
+        assert spool.counts(NOW) == Counts({}, 0, 0)
         assert spool.quarantined == 1
     finally:
         spool.close()
@@ -203,10 +204,10 @@ def test_damage_that_is_met_later_puts_the_spool_aside_at_the_next_opening(path:
         overwrite(path, 200 * 1024, 300 * 1024)
         spool._db.execute("PRAGMA cache_size = 0")
         with pytest.raises(DamagedSpoolError, match="damaged; at the next start it is examined"):
-            spool.refill_ready(100, 0, 2000, PLENTY)
+            spool.refill_ready(100, ALL, ALL, 2000, PLENTY)
         spool.close()
         spool = Spool.open(path)
-        assert (spool.counts(), spool.quarantined) == (Counts({}, 0, 0), number)
+        assert (spool.counts(NOW), spool.quarantined) == (Counts({}, 0, 0), number)
         spool.close()
     assert {".damaged", ".damaged-2"} <= beside(path)
 
@@ -409,7 +410,7 @@ def test_an_export_is_harmless_on_a_terminal(path: Path) -> None:
     evil = "\x7f\u009b2J\u202e\u200b\U000e0041"
     spool = Spool.open(path)
     spool.commit(
-        Changes(keyed=[Job(spool.first_seq, "target", f'[1,\t"{evil}"]\r'.encode(), Options(), NOW, NOW, key=evil)])
+        transaction(keyed=[Job(spool.first_seq, "target", f'[1,\t"{evil}"]\r'.encode(), Options(), NOW, NOW, key=evil)])
     )
     spool.close()
     told = subprocess.run(
@@ -436,7 +437,7 @@ def test_what_is_no_spool_is_not_exported(tmp_path: Path, path: Path, old: Path)
 def test_a_log_without_its_file_is_kept(path: Path) -> None:
     """Where somebody removed the main file, SQLite would delete the log, with acknowledged jobs in it."""
     spool = Spool.open(path)
-    spool.commit(Changes(inserts=[Job(spool.first_seq, "target", b"1", Options(), NOW, NOW)]))
+    spool.commit(transaction(inserts=[Job(spool.first_seq, "target", b"1", Options(), NOW, NOW)]))
     log = path.with_name("spool.db-wal").read_bytes()
     path.unlink()
     spool.close()
@@ -451,7 +452,7 @@ def test_a_spool_is_put_aside_whole_when_that_was_interrupted(tmp_path: Path, mo
     """A death between the two renames: the next opening goes on, and does not take the file for whole without its log."""
     spool = Spool.open(tmp_path / "one.db")
     spool._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
-    spool.commit(Changes(inserts=[Job(spool.first_seq, "echo", b"1", Options(), NOW, NOW)]))
+    spool.commit(transaction(inserts=[Job(spool.first_seq, "echo", b"1", Options(), NOW, NOW)]))
     path = tmp_path / "two.db"
     for suffix in ("", "-wal"):  # as a daemon that was killed leaves it
         shutil.copy(f"{tmp_path / 'one.db'}{suffix}", f"{path}{suffix}")
@@ -471,6 +472,6 @@ def test_a_spool_is_put_aside_whole_when_that_was_interrupted(tmp_path: Path, mo
             upkeep.put_aside(path, "a test")
     path.with_name("two.db.suspect").write_text("as it was before put_aside\n")
     again = Spool.open(path)
-    jobs, aside = again.counts().ready, again.quarantined
+    jobs, aside = again.counts(NOW).ready, again.quarantined
     again.close()
     assert jobs or aside, "the job was neither kept nor told of as put aside"

@@ -25,9 +25,6 @@ class Intake(Protocol):
     metrics: Metrics
     waiters: dict[int, Reply]
 
-    def enter(self, jobs: list[Job]) -> None:
-        """Queue jobs that are accepted."""
-
 
 HEX = [b"%03x" % number for number in range(4096)]
 
@@ -88,15 +85,14 @@ class Answer:
         for request in requests:
             self.refuse(protocol.refusal(code, message, None if request.id is UNSET else request.id))
 
-    def committed(self, committed: Committed) -> None:
-        """The writer: what was to be stored is stored."""
+    def committed(self, committed: Committed) -> list[Job]:
+        """The writer: what was to be stored is stored. Returns the new ones of that, to be queued."""
         self.engine.queue.expect_no_more(self.keyed)
         for job in self.keyed:
             if job.seq not in committed.new:
                 self._expect_no_result(job)
         self.accept(committed.new)
-        if self.keyed:
-            self.engine.enter([job for job in self.keyed if job.seq in committed.new])
+        return [job for job in self.keyed if job.seq in committed.new]
 
     def accept(self, new: frozenset[int] | set[int]) -> None:
         """Send the acknowledgements; a job with a client's id that is not in `new` is a duplicate."""
@@ -125,7 +121,9 @@ class Answer:
             self.engine.metrics.submitted(target, targets.count(target))
 
     def refused(self, error: SpoolError) -> None:
-        """The writer: nothing was stored. A job that has succeeded all the same is truly accepted."""
+        """The writer: nothing was stored, and what waited is withdrawn. A job that has succeeded all the same is truly
+        accepted.
+        """
         self.engine.queue.expect_no_more(self.keyed)
         message = f"the job could not be stored, so it is not accepted: {error}"
         jobs = [entry for entry in self.entries if isinstance(entry, Job)]
@@ -137,7 +135,6 @@ class Answer:
         for job in lost:
             self.engine.waiters.pop(job.seq, None)
             self._expect_no_result(job)
-        self.engine.queue.refused([job for job in lost if job.key is None])
         # who died is refused; of a batch so are those that have run all the same, since the one answer is for all
         self.reply.drop_results(of_dead_only=not self.batch)
         if self.batch:

@@ -213,7 +213,7 @@ class Control:
         engine.next_seq += limit
         queue = engine.queue
         ready: dict[int, int] = {}
-        queue.backlog.freeze(first)
+        queue.backlog.freeze((now, first))
         try:
             ready = await engine.writer.call(lambda spool: spool.revive(selection, first, limit=limit, now=now))
         finally:

@@ -101,7 +101,8 @@ class Daemon:
                 await asyncio.wait((starting,))
                 return self._status
         kept = "stay in the spool" if self.writer.durable else "were in memory only, and are lost"
-        logger.info("stopped: %d jobs %s", self.engine.queue.total, kept, extra={"event": "daemon_stopped"})
+        left = self.engine.queue.total if self.writer.left is None or not self.writer.durable else self.writer.left
+        logger.info("stopped: %d jobs %s", left, kept, extra={"event": "daemon_stopped"})
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             self._loop.remove_signal_handler(number)
             signal.signal(number, signal.SIG_IGN)  # all is done: one that comes late must not change the exit status
@@ -141,6 +142,10 @@ class Daemon:
         self.engine.on_change = self.reporter.touch
         self.pool = self.engine.pool = Pool(queue, claims, self.engine)
         self.writer.patience = self.pool.dispatcher.patience
+        self.writer.on_stored = self.engine.enter
+        self.writer.on_refused = queue.refused
+        self.writer.on_room = self.pool.dispatch
+        self.pool.dispatcher.is_held_up = self.writer.is_full
         self._exits.push_async_callback(self.pool.close)
         self.admission = Admission(self.engine)
         self.feeder.on_refusal = self.admission.no_connection

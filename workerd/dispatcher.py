@@ -14,6 +14,7 @@ from workerd.queue import BATCH_JOBS
 
 if TYPE_CHECKING:
     import asyncio
+    from collections.abc import Callable
 
     from workerd.process import WorkerProcess
     from workerd.queue import JobQueue
@@ -25,6 +26,7 @@ SLOW = 0.001  # seconds after which a job that others were given with is slow
 OVERHEAD = 1e-6  # seconds that the daemon itself spends on a job
 LEEWAY = 0.001  # seconds that a quick job may take longer than expected
 LONGEST_PATIENCE = 0.1  # seconds; what is not expected to end within that is written at once
+DUE_AT_ONCE = 2000  # scheduled jobs that join their lines in one turn of the loop
 CLOCK_CHECK = 60.0  # seconds after which a wait looks at the clock: the loop's stands still while the host sleeps
 
 
@@ -52,6 +54,7 @@ class Dispatcher:
     def __init__(self, queue: JobQueue, loop: asyncio.AbstractEventLoop, workers: Workers) -> None:
         self.max_jobs = 0
         self.stopped = False
+        self.is_held_up: Callable[[], bool] = lambda: False  # whether nothing more is to be begun at present
         self._queue = queue
         self._loop = loop
         self._workers = workers
@@ -65,7 +68,7 @@ class Dispatcher:
 
     def dispatch(self) -> None:
         """Give ready jobs to workers that can take them."""
-        if self.stopped:
+        if self.stopped or self.is_held_up():
             self._look_later()
             return
         queue = self._queue
@@ -128,13 +131,12 @@ class Dispatcher:
 
     def _promote(self) -> None:
         """Let the scheduled jobs that are due join their lines, and wake when the next one is."""
-        backlog = self._queue.backlog
+        schedule = self._queue.backlog.schedule
         now = clock.now()
-        backlog.promote(now)
-        due = backlog.next_due()
-        if due is None or due <= now:  # none; or due, but the window is full: each report asks again
-            return
-        self._due.within(min(due - now, CLOCK_CHECK) + 0.001)
+        if self._queue.backlog.promote(now, DUE_AT_ONCE):
+            self._due.within(0)
+        elif (due := schedule.next_due()) is not None:
+            self._due.within(min(max(0.0, due - now), CLOCK_CHECK) + 0.001)
 
     def _wake(self) -> None:
         self.dispatch()

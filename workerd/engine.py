@@ -91,9 +91,7 @@ class Engine:
         waits = [first + after * 1e-9 - job.ready_at for after, job in zip(begun, jobs, strict=False)]
         self.metrics.waits(target, waits)
         if stored := [job for job in jobs if job.stored]:  # those with a client's id always are
-            changes = self.writer.changes
-            changes.deletes += [job.seq for job in stored if job.key is None]
-            changes.succeeded += [(job.seq, now) for job in stored if job.key is not None]
+            self.writer.changes.succeed(stored, now)
 
     def results(self, results: list[tuple[Job, bytes, int]]) -> None:
         for reply, ended in groupby(results, lambda result: result[0].waiter):
@@ -112,7 +110,7 @@ class Engine:
         if job.state is State.SCHEDULED:
             self.metrics.retried(job.target, 1)
             if job.stored:
-                self.writer.changes.updates.append(job)
+                self.writer.changes.update(job)
             wait = job.ready_at - clock.now()
             log.warning(
                 "%s, to be run again in %.1f s: %s",
@@ -135,7 +133,7 @@ class Engine:
         """A job is dead: keep it with its error, and tell who waits for it."""
         self.dead += 1
         self.metrics.finished(job.target, details["reason"], 1)
-        self.writer.changes.buried.append((job, msgspec.json.encode(details), clock.now()))
+        self.writer.changes.bury(job, msgspec.json.encode(details), clock.now())
         fields = {
             "id": self.job_id(job.seq, job.key),
             "status": "dead",
@@ -185,12 +183,14 @@ class Engine:
             self._keep_waiters(spilled)
             if not writer.durable:  # else they are in the spool already, or about to be
                 for job in spilled:
-                    fresh = not (job.stored or job.attempts or job.crashes)
-                    (writer.changes.inserts if fresh else writer.changes.updates).append(job)
+                    if job.stored or job.attempts or job.crashes:
+                        writer.changes.update(job)
+                    else:
+                        writer.changes.inserts.append(job)
         if writer.changes:
             writer.wake(at_once=not queue.quick())
         self.on_change()
-        while (refill := queue.backlog.wanted()) is not None:
+        while (refill := queue.backlog.wanted(clock.now())) is not None:
             self.pool.loop.create_task(self._refill(refill))
 
     def _keep_waiters(self, spilled: list[Job]) -> None:
@@ -206,7 +206,7 @@ class Engine:
             if refill.priority is None:
                 jobs = spool.refill_scheduled(refill.after, refill.limit, REFILL_BYTES)
             else:
-                jobs = spool.refill_ready(refill.priority, refill.after[1], refill.limit, REFILL_BYTES)
+                jobs = spool.refill_ready(refill.priority, refill.after, refill.until, refill.limit, REFILL_BYTES)
             return jobs, spool.spoiled
 
         try:
@@ -221,9 +221,9 @@ class Engine:
             log.error("%d jobs are dead, since what the spool has of them makes no sense", spoiled, extra=SPOILED)
             self.dead += spoiled
             self.queue.spoiled(refill, spoiled)
-        if self.queue.backlog.refilled(refill, jobs) and self.waiters:
-            for job in jobs:
-                job.waiter = self.waiters.pop(job.seq, None)
+        for job in self.queue.backlog.refilled(refill, jobs):
+            if self.waiters and (waiter := self.waiters.pop(job.seq, None)) is not None:
+                job.waiter = waiter
         if not (jobs or spoiled):  # it is not there yet: it may be that the disk refuses to take it
             await asyncio.sleep(EMPTY_REFILL)
         self.pool.dispatch()

@@ -26,15 +26,17 @@ class State(IntEnum):
     RUNNING = 2
     SUCCEEDED = 3
     DEAD = 4
+    WITHDRAWN = -1  # the spool could not store it, so it was refused; never stored
 
 
 TRANSITIONS: dict[State, frozenset[State]] = {
-    State.SCHEDULED: frozenset({State.READY}),
-    State.READY: frozenset({State.RUNNING}),
+    State.SCHEDULED: frozenset({State.READY, State.WITHDRAWN}),
+    State.READY: frozenset({State.RUNNING, State.WITHDRAWN}),
     # back to READY: its worker went away before the job began, or crashed while crashes are left
     State.RUNNING: frozenset({State.SUCCEEDED, State.READY, State.SCHEDULED, State.DEAD}),
     State.SUCCEEDED: frozenset(),
     State.DEAD: frozenset({State.READY}),
+    State.WITHDRAWN: frozenset(),
 }
 
 

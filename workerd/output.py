@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-TEXT_LIMIT = 16 * 1024  # characters of a traceback, a message or a line of output that are kept
+TEXT_LIMIT = 16 * 1024  # bytes (of a traceback or a message), or characters (of a line of output) that are kept
 
 
 class JobStream(io.TextIOBase):

@@ -3,9 +3,9 @@
 Nothing here sleeps, logs, does I/O or reads a clock: `now` (wall-clock seconds) is passed in. The jobs that wait are in
 its `backlog`, the others in the `Holder` of the worker that has them.
 
-    enter -> ready line (one for each priority, first come first served)  or  scheduled (until ready_at)
+    enter -> ready line (one for each priority, by the moment of being ready)  or  scheduled (until ready_at)
     take  -> a batch for one worker      report -> succeeded | scheduled again | dead
-                                         release -> ready again, in the old order
+                                         release -> ready again, at its old place
 """
 
 from __future__ import annotations
@@ -117,10 +117,10 @@ class JobQueue:
         if jobs and ((priority := jobs[0].options.priority) <= self.came or self.less_urgent >= BATCH_JOBS):
             self.came, self.less_urgent = priority, SMALL_BATCH
 
-    def recover(self, ready: dict[int, int], scheduled: int) -> None:
-        """Start on a spool that holds so many ready jobs of each priority, and so many scheduled ones."""
+    def recover(self, ready: dict[int, int], scheduled: int, now: float) -> None:
+        """Start on a spool that holds so many jobs of each priority which are ready `now`, and so many scheduled."""
         self.total += sum(ready.values()) + scheduled
-        self.backlog.recover(ready, scheduled)
+        self.backlog.recover(ready, scheduled, now)
 
     def revived(self, ready: dict[int, int]) -> None:
         """Dead jobs are ready again in the spool; `backlog.freeze` was called before."""
@@ -130,16 +130,17 @@ class JobQueue:
     def spoiled(self, refill: Refill, count: int) -> None:
         """So many jobs that the spool was asked for cannot be read, and are dead."""
         self.total -= count
-        if refill.priority is None:
-            self.backlog.scheduled_stored -= count
-        else:
-            self.backlog.lines[refill.priority].stored -= count
+        self.backlog.spoiled(refill, count)
 
     def refused(self, jobs: Sequence[Job]) -> None:
-        """Withdraw jobs that the spool could not store. Those that a worker holds already are left to it."""
+        """Withdraw jobs that the spool could not store. Those that a worker holds already are left to it.
+
+        Takes as long as these are many, however many others wait.
+        """
+        waiting = [job for job in jobs if job.state in WAITING]
         if self.quotas is not None:
-            self.quotas.remove(job for job in jobs if job.state in WAITING)
-        self.total -= self.backlog.withdraw(jobs)
+            self.quotas.remove(waiting)
+        self.total -= self.backlog.withdraw(waiting)
 
     # --- jobs go out --------------------------------------------------------------------------------------
 
@@ -153,7 +154,7 @@ class JobQueue:
         A job that takes longer than that, or whose target is not known yet, goes alone and only to a
         worker that holds nothing. None: nothing is ready, or nothing that suits what the worker holds.
         """
-        line = next((line for line in self.backlog.lines.values() if line.jobs), None)
+        line = self.backlog.first()
         held = holder.batches
         if line is None or holder.full or holder.slow:  # nothing behind a slow job
             return None
@@ -165,6 +166,7 @@ class JobQueue:
         if priority > self.came and self.less_urgent < BATCH_JOBS:
             most = min(most, self.less_urgent)
             self.less_urgent *= 2
+        line.close_up(most)
         jobs: list[Job] = []
         waiting = line.jobs
         cost = estimate = 0.0
@@ -183,8 +185,7 @@ class JobQueue:
         running = State.RUNNING
         for job in jobs:
             job.state = running
-        self.backlog.count_out(jobs)
-        line.pinned = max(line.pinned, *[job.seq for job in jobs])
+        self.backlog.take(line, jobs)
         self.held += len(jobs)
         batch = Batch(holder.position + 1, jobs, cost)
         holder.batches.append(batch)
@@ -243,7 +244,7 @@ class JobQueue:
         self._bury(job)
 
     def release(self, holder: Holder, keep: int = 0) -> list[Job]:
-        """Take back what the worker holds beyond position `keep`, to the front of the lines, in order."""
+        """Take back what the worker holds beyond position `keep`, to their places in the lines."""
         released: list[Job] = []
         for batch in holder.batches:
             kept = max(0, min(len(batch.jobs), keep + 1 - batch.first))
@@ -261,7 +262,7 @@ class JobQueue:
         backoff = job.options.backoff
         job.ready_at = now + (backoff.delay(failures, jitter) if jitter else backoff.delay(failures))
         job.become(State.SCHEDULED)
-        self.backlog.schedule(job)
+        self.backlog.wait(job)
         return State.SCHEDULED
 
     def _bury(self, job: Job) -> State:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from math import inf
 from typing import TYPE_CHECKING
 
 from workerd import clock
@@ -53,11 +54,17 @@ def recover(spool: Spool, claims: Claims, queue: JobQueue) -> int:
     doomed = [job for job in spool.charge_crashes(interrupted) if job.crashes >= job.options.max_crashes]
     if doomed:
         now = clock.now()
-        spool.commit(Changes(buried=[(job, DAEMON_KILLED, now) for job in doomed]))
+        changes = Changes()
+        for job in doomed:
+            changes.bury(job, DAEMON_KILLED, now)
+        spool.commit(changes.take([], [], inf))
     claims.clear()
-    counts = spool.counts()
+    now = clock.now()
+    counts = spool.counts(now)
     usage = spool.usage() if queue.quotas is not None else {}
-    queue.recover(counts.ready, counts.scheduled)  # nothing fails from here on: another spool would be counted, too
+    queue.recover(
+        counts.ready, counts.scheduled, now
+    )  # nothing fails from here on: another spool would be counted, too
     if queue.quotas is not None:
         queue.quotas.load(usage)
     if interrupted:

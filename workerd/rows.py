@@ -16,12 +16,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import msgspec
 
+from workerd.changes import ROW_BYTES
 from workerd.job import Job, Options, State, Submitter
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
-CHUNK = 8 * 2**20  # bytes of arguments in one statement, more or less
+    from workerd.changes import Burial, Snapshot
+
+CHUNK = 8 * 2**20  # bytes in one statement, more or less
 
 # Times of this century, as floats, are whole numbers of this many ticks a second, so nothing is lost: SQLite
 # itself would not print a float in full.
@@ -87,7 +90,17 @@ SELECT coalesce(uid, {NOBODY}), count(*), coalesce(sum(length(arguments)), 0) FR
 WHERE {{chosen}} GROUP BY uid
 """
 PEEK = "SELECT json_group_array(json_array(seq, size)) FROM (SELECT seq, length(arguments){more} AS size FROM jobs"
-PEEK_READY = f"{PEEK.format(more='')} WHERE state = 0 AND priority = ? AND seq > ? ORDER BY seq LIMIT ?)"
+# The jobs of a line in their order: the ready ones, and among them those that were delayed and have joined it.
+PEEK_READY = """
+SELECT json_group_array(json_array(seq, size)) FROM (
+    SELECT seq, ready_at, length(arguments) AS size FROM jobs
+        WHERE state = 0 AND priority = :priority AND (ready_at, seq) > (:ready_at, :seq)
+    UNION ALL SELECT seq, ready_at, length(arguments) AS size FROM jobs
+        WHERE state = 1 AND priority = :priority AND (ready_at, seq) > (:ready_at, :seq)
+            AND (ready_at, seq) <= (:until_at, :until_seq)
+    ORDER BY ready_at, seq LIMIT :limit
+)
+"""
 PEEK_SCHEDULED = f"{PEEK.format(more='')} WHERE state = 1 AND (ready_at, seq) > (?, ?) ORDER BY ready_at, seq LIMIT ?)"
 PEEK_DEAD = f"""
 {PEEK.format(more=" + coalesce(length(error), 0)")}
@@ -150,31 +163,60 @@ def as_json(value: object) -> str:
     return msgspec.json.encode(value).decode()
 
 
-def packed(jobs: Sequence[Job]) -> Iterator[dict[str, object]]:
+def packed(jobs: Snapshot) -> Iterator[dict[str, object]]:
     """The parameters of INSERT and its variants; more than one set of them if the arguments are many bytes."""
     at = 0
-    while at < len(jobs):
-        end = size = 0
-        for end in range(at, len(jobs)):
-            size += len(jobs[end].arguments)
-            if size > CHUNK:
-                break
-        yield _pack(jobs[at : end + 1])
-        at = end + 1
+    for size in pieces([len(job.arguments) for job in jobs.jobs]):
+        yield _pack(jobs[at : at + size])
+        at += size
 
 
-def _pack(jobs: Sequence[Job]) -> dict[str, object]:
+def graves(buried: Sequence[Burial]) -> Iterator[str]:
+    """Burials as the texts that BURY takes; more than one if they are many bytes."""
+    texts = [as_json((job.seq, error.decode(errors="replace"), ended)) for job, error, ended in buried]
+    at = 0
+    for size in pieces([len(text) for text in texts]):
+        yield f"[{','.join(texts[at : at + size])}]"
+        at += size
+
+
+def listed(ends: Sequence[object]) -> Iterator[str]:
+    """Rows of a few numbers each, as the texts that json_each() takes."""
+    for at in range(0, len(ends), CHUNK // ROW_BYTES):
+        yield as_json(ends[at : at + CHUNK // ROW_BYTES])
+
+
+def pieces(sizes: Sequence[int]) -> Iterator[int]:
+    """How many rows, with so many bytes each, go into one statement, into the next and so on."""
+    if sum(sizes) + len(sizes) * ROW_BYTES <= CHUNK:  # mostly
+        if sizes:
+            yield len(sizes)
+        return
+    count = total = 0
+    for size in sizes:
+        count += 1
+        total += size + ROW_BYTES
+        if total > CHUNK:
+            yield count
+            count = total = 0
+    if count:
+        yield count
+
+
+def _pack(snapshot: Snapshot) -> dict[str, object]:
     kinds: dict[tuple[object, ...], int] = {}
     data: list[bytes] = []
     records: list[tuple[int, int, int, int]] = []
     at = 1
-    for job in jobs:
-        options, ready_at = job.options, job.ready_at
-        common = (job.target, id(options), job.submitted, ready_at, job.attempts, job.crashes, id(job.submitter))
+    jobs = snapshot.jobs
+    for job, attempts, crashes, ready_at in zip(
+        jobs, snapshot.attempts, snapshot.crashes, snapshot.ready_at, strict=True
+    ):
+        common = (job.target, id(job.options), job.submitted, ready_at, attempts, crashes, id(job.submitter))
         kind = kinds.get(common)
         if kind is None:
             kinds[common] = kind = at
-            record = _kind(job)
+            record = _kind(job, attempts, crashes, ready_at)
             data.append(record)
             at += len(record)
         key = job.key.encode() if job.key else b""
@@ -186,15 +228,15 @@ def _pack(jobs: Sequence[Job]) -> dict[str, object]:
     return {"data": b"".join(data), "rows": numbers, "seqs": as_json([job.seq for job in jobs])}
 
 
-def _kind(job: Job) -> bytes:
+def _kind(job: Job, attempts: int, crashes: int, ready_at: float) -> bytes:
+    """The record of what jobs have in common; what goes on changing is given, as it was at one moment."""
     target, options = job.target.encode(), _options_text(job.options).encode()
-    # Not job.state, which goes on changing in another thread. What was ever delayed is scheduled on the disk until
-    # it ends: were it ready there, it would be read once more as part of the backlog behind it.
-    state = State.SCHEDULED if job.ready_at > job.submitted else State.READY
+    # What was ever delayed is scheduled on the disk until it ends, for nothing is written when its time has come.
+    state = State.SCHEDULED if ready_at > job.submitted else State.READY
     uid, pid = (job.submitter.uid, job.submitter.pid) if job.submitter else (NOBODY, NOBODY)
     numbers = KIND_FORMAT % (
-        len(target), len(options), job.options.priority, int(job.submitted * TICKS), int(job.ready_at * TICKS),
-        state, job.attempts, job.crashes, uid, pid,
+        len(target), len(options), job.options.priority, int(job.submitted * TICKS), int(ready_at * TICKS),
+        state, attempts, crashes, uid, pid,
     )  # fmt: skip
     assert len(numbers) == KIND_WIDTH
     return numbers + target + options

@@ -10,12 +10,13 @@ from __future__ import annotations
 import contextlib
 import os
 import sqlite3
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from workerd import clock, rows, upkeep
-from workerd.changes import Changes, Committed, Counts, Stored
+from workerd.changes import Committed, Counts, Snapshot, Stored, Transaction
 from workerd.errors import DamagedSpoolError, SpoolError
 from workerd.rows import DeadJob, as_json, packed, unpacked
 from workerd.spoolfile import begin, connect, explained, lock, sync_folder
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from workerd.job import Job
+    from workerd.line import Place
 
 EPOCH_BITS = 40  # the seqs of one opening
 PURGE_ROWS = 10_000
@@ -94,26 +96,30 @@ class Spool:
 
     # --- jobs ---------------------------------------------------------------------------------------------
 
-    def commit(self, changes: Changes) -> Committed:
+    def commit(self, transaction: Transaction) -> Committed:
         """Make the changes durable, all or none."""
         new: frozenset[int] = frozenset()
         with self._transaction():
-            self._insert(rows.INSERT, changes.inserts)
-            if keyed := [job for job in changes.keyed if not self._is_named(job.key or "")]:
-                seqs = [job.seq for job in keyed]
-                if self._insert(rows.INSERT_NEW, keyed) < len(seqs):
-                    seqs = self._seqs(f"SELECT seq FROM jobs WHERE seq {rows.LISTED}", {"seqs": as_json(seqs)})
-                new = frozenset(seqs)
-            self._insert(rows.UPSERT, changes.updates)
-            self._insert(rows.UPSERT, [job for job, _, _ in changes.buried])
-            if changes.buried:
-                graves = [(job.seq, error.decode(errors="replace"), ended) for job, error, ended in changes.buried]
-                self._db.execute(rows.BURY, {"rows": as_json(graves)})
-            if changes.succeeded:
-                self._db.execute(rows.SUCCEED, {"rows": as_json(changes.succeeded)})
-            if changes.deletes:
-                self._db.execute(f"DELETE FROM jobs WHERE seq {rows.LISTED}", {"seqs": as_json(changes.deletes)})
+            self._insert(rows.INSERT, transaction.inserts)
+            if transaction.keyed:
+                new = self._insert_new(transaction.keyed)
+            self._insert(rows.UPSERT, transaction.updates)
+            self._insert(rows.UPSERT, transaction.graves)
+            for graves in rows.graves(transaction.buried):
+                self._db.execute(rows.BURY, {"rows": graves})
+            for ends in rows.listed(transaction.succeeded):
+                self._db.execute(rows.SUCCEED, {"rows": ends})
+            for seqs in rows.listed(transaction.deletes):
+                self._db.execute(f"DELETE FROM jobs WHERE seq {rows.LISTED}", {"seqs": seqs})
         return Committed(new)
+
+    def _insert_new(self, keyed: Snapshot) -> frozenset[int]:
+        """Store those whose ids are not known; returns their seqs."""
+        keyed = keyed.without([self._is_named(job.key or "") for job in keyed.jobs])
+        seqs = [job.seq for job in keyed.jobs]
+        if self._insert(rows.INSERT_NEW, keyed) < len(seqs):
+            seqs = self._seqs(f"SELECT seq FROM jobs WHERE seq {rows.LISTED}", {"seqs": as_json(seqs)})
+        return frozenset(seqs)
 
     def probe(self) -> Committed:
         """Write something that nobody needs, to see whether the disk takes it."""
@@ -122,14 +128,28 @@ class Spool:
             self._db.execute("INSERT INTO meta VALUES ('probe', 0) ON CONFLICT DO UPDATE SET value = value + 1")
         return Committed(frozenset())
 
-    def counts(self) -> Counts:
+    def counts(self, now: float) -> Counts:
         """Count everything; reads indexes only, about a tenth of a second for a million jobs."""
         with self._reading():
-            lines = self._db.execute("SELECT priority, count(*) FROM jobs WHERE state = 0 GROUP BY priority")
+            ready: Counter[int] = Counter()
+            for lines in (
+                self._db.execute("SELECT priority, count(*) FROM jobs WHERE state = 0 GROUP BY priority"),
+                self._db.execute(
+                    "SELECT priority, count(*) FROM jobs WHERE state = 1 AND ready_at < ? GROUP BY priority", (now,)
+                ),
+            ):
+                ready.update(dict(lines.fetchall()))
             return Counts(
-                ready=dict(lines.fetchall()),
-                scheduled=self._one("SELECT count(*) FROM jobs WHERE state = 1"),
+                ready=dict(ready),
+                scheduled=self._one("SELECT count(*) FROM jobs WHERE state = 1 AND ready_at >= ?", (now,)),
                 dead=self._one("SELECT count(*) FROM jobs WHERE state = 4"),
+            )
+
+    def waiting(self) -> int:
+        """How many jobs have not ended."""
+        with self._reading():
+            return int(self._one("SELECT count(*) FROM jobs WHERE state = 0")) + int(
+                self._one("SELECT count(*) FROM jobs WHERE state = 1")
             )
 
     def usage(self) -> Stored:
@@ -137,12 +157,16 @@ class Spool:
         with self._reading():
             return self._usage("state IN (0, 1, 4)", {})
 
-    def refill_ready(self, priority: int, after_seq: int, limit: int, max_bytes: int) -> list[Job]:
-        """The next ready jobs by seq; the last is the one whose arguments pass `max_bytes`, if one does."""
-        with self._reading():
-            return self._refill(self._peek(rows.PEEK_READY, (priority, after_seq, limit)), max_bytes)
+    def refill_ready(self, priority: int, after: Place, until: Place, limit: int, max_bytes: int) -> list[Job]:
+        """The next jobs of a line in its order; the last is the one whose arguments pass `max_bytes`, if one does.
 
-    def refill_scheduled(self, after: tuple[float, int], limit: int, max_bytes: int) -> list[Job]:
+        Scheduled ones up to `until` have joined the line.
+        """
+        values = dict(zip(("ready_at", "seq", "until_at", "until_seq"), (*after, *until), strict=True))
+        with self._reading():
+            return self._refill(self._peek(rows.PEEK_READY, values | {"priority": priority, "limit": limit}), max_bytes)
+
+    def refill_scheduled(self, after: Place, limit: int, max_bytes: int) -> list[Job]:
         """The next scheduled jobs by (ready_at, seq), bounded likewise."""
         with self._reading():
             return self._refill(self._peek(rows.PEEK_SCHEDULED, (*after, limit)), max_bytes)
@@ -230,7 +254,7 @@ class Spool:
         found: list[int] = msgspec.json.decode(self._one(f"SELECT json_group_array(seq) FROM ({sql})", values))
         return found
 
-    def _insert(self, sql: str, jobs: Sequence[Job]) -> int:
+    def _insert(self, sql: str, jobs: Snapshot) -> int:
         return sum(self._db.execute(sql, values).rowcount for values in packed(jobs))
 
     def _peek(self, sql: str, values: Any) -> list[tuple[int, int]]:

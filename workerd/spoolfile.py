@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 APPLICATION_ID = 0x776B7264  # "wkrd"
 OLDEST_SQLITE = (3, 40)  # older ones lack json operators that are relied upon, or were not tried
 CLAIMS = "claims"  # see claims.py
-VERSION = 2  # of the schema, as PRAGMA user_version
+VERSION = 3  # of the schema, as PRAGMA user_version
 
 # READY, SCHEDULED, SUCCEEDED and DEAD, as numbers: a partial index serves only a condition that it can read.
 # RUNNING is never stored. SUCCEEDED is the memory of an id that a client gave; its arguments are gone.
@@ -29,7 +29,8 @@ CREATE TABLE jobs (
     crashes INT NOT NULL, ended REAL, uid INT, pid INT, error BLOB, arguments BLOB -- last: to read past them is slow
 );
 CREATE UNIQUE INDEX keys ON jobs (key) WHERE key IS NOT NULL;
-CREATE INDEX ready ON jobs (priority, seq) WHERE state = 0;
+CREATE INDEX ready ON jobs (priority, ready_at, seq) WHERE state = 0;
+CREATE INDEX due ON jobs (priority, ready_at, seq) WHERE state = 1;
 CREATE INDEX scheduled ON jobs (ready_at, seq) WHERE state = 1;
 CREATE INDEX ended ON jobs (ended) WHERE state = 3;
 CREATE INDEX dead ON jobs (seq) WHERE state = 4;

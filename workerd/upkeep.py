@@ -32,6 +32,7 @@ LOG = "-wal"  # SQLite's suffix
 ROWS = {
     1: "SELECT seq, key, target, options, priority, submitted, ready_at, state, attempts, crashes, ended, NULL, NULL,"
     " error, arguments FROM old.jobs ORDER BY seq",
+    2: "SELECT * FROM old.jobs ORDER BY seq",
 }
 
 

@@ -125,10 +125,19 @@ def describe(error: BaseException) -> str:
         text = "".join(traceback.format_exception(kind, error, frames))
     except Exception:
         text = "".join(traceback.format_tb(frames)) + name
-    fields = {"type": name, "message": message[:TEXT_LIMIT], "traceback": text[-TEXT_LIMIT:]}
-    # lone surrogates and the like must not make the report itself fail
-    fields = {key: value.encode("utf-8", "backslashreplace").decode() for key, value in fields.items()}
+    fields = {"type": _cut(name), "message": _cut(message), "traceback": _cut(text, from_end=True)}
     return msgspec.json.encode(fields).decode()
+
+
+def _cut(text: str, *, from_end: bool = False) -> str:
+    """As much of the text as `TEXT_LIMIT` bytes of JSON hold: of control characters that is a sixth."""
+    text = text[-TEXT_LIMIT:] if from_end else text[:TEXT_LIMIT]
+    # lone surrogates and the like must not make the report itself fail
+    text = text.encode("utf-8", "backslashreplace").decode()
+    while (size := len(msgspec.json.encode(text)) - 2) > TEXT_LIMIT:
+        keep = min(len(text) - 1, len(text) * TEXT_LIMIT // size)
+        text = text[-keep:] if from_end else text[:keep]
+    return text
 
 
 class Worker:

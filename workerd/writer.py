@@ -9,6 +9,7 @@ sooner than they could be written are left in peace for as long as that should t
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import threading
 import time
@@ -18,7 +19,7 @@ from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from workerd.alarm import Alarm
-from workerd.changes import Changes, Committed
+from workerd.changes import Changes, Committed, Transaction
 from workerd.errors import DamagedSpoolError, SpoolError
 from workerd.job import Job, State
 
@@ -33,6 +34,10 @@ T = TypeVar("T")
 
 LINGER = 0.02  # seconds for which mere endings of quick jobs wait for company
 RETRY = 0.25  # seconds between attempts while the disk refuses
+TRANSACTION_BYTES = 16 * 2**20  # of what has become of jobs, in one transaction
+UNWRITTEN_BYTES = 64 * 2**20  # ... in all, after which no job is begun
+TURN = 0.005  # seconds of telling clients that the disk refused, after which it is the others' turn
+LAST_TRIES = 2  # times that the disk may refuse while the daemon stops
 FEW = 16  # jobs in memory that are acknowledged at once; the sender of more can wait, and so not run ahead
 ENDED = (State.SUCCEEDED, State.DEAD)  # a dead job is stored by its burial
 NOTHING = Committed(frozenset())
@@ -41,8 +46,8 @@ NOTHING = Committed(frozenset())
 class Pending(Protocol):
     """Somebody who waits for jobs to be safe."""
 
-    def committed(self, committed: Committed) -> None:
-        """They are on the disk, or have ended."""
+    def committed(self, committed: Committed) -> list[Job]:
+        """They are on the disk, or have ended; returns those that were not to be run before."""
 
     def refused(self, error: SpoolError) -> None:
         """They are not on the disk, and will not be."""
@@ -71,8 +76,12 @@ class Entry:
 class Writer:
     """Owns the spool's thread. `observe` is told the seconds of each commit, or the error.
 
-    `durable`: jobs are stored as they come; else only those are that the queue has no room for. `patience(priority)`:
-    seconds for which a new job may be left to end by itself, set by the owner.
+    `durable`: jobs are stored as they come; else only those are that the queue has no room for. The owner sets
+
+    - `patience(priority)`: seconds for which a new job may be left to end by itself
+    - `on_stored(jobs)`: queues jobs that were not to be run before they were stored
+    - `on_refused(jobs)`: withdraws those of the jobs that wait
+    - `on_room()`: enough is written for more jobs to be begun
     """
 
     def __init__(self, spool: Spool, observe: Callable[[float, SpoolError | None], None], *, durable: bool) -> None:
@@ -82,6 +91,10 @@ class Writer:
         self.changes = Changes()
         self.patience: Callable[[int], float] = lambda _priority: 0.0
         self.on_failure: Callable[[str], None] = lambda _why: None  # no job can be acknowledged any more
+        self.on_stored: Callable[[list[Job]], None] = lambda _jobs: None
+        self.on_refused: Callable[[list[Job]], None] = lambda _jobs: None
+        self.on_room: Callable[[], None] = lambda: None
+        self.left: int | None = None  # jobs that had not ended in the spool when it was closed, if that is known
         self._observe = observe
         self._closing = False
         self._entries: deque[Entry] = deque()
@@ -91,6 +104,8 @@ class Writer:
         self._committing: asyncio.Future[None] | None = None  # done once the commit that is under way is
         self.began: float | None = None  # monotonic time at which that one was begun
         self._missed = False  # the alarm rang during that one
+        self._handed_over = 0  # bytes of what has become of jobs, in that one
+        self._untold: deque[tuple[Pending, SpoolError]] = deque()  # who is still to be told that the disk refused
         self._not_before = 0.0  # loop time: the disk refused, and is tried again then
         # not an executor: its futures take as long as a quick disk
         self._work: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
@@ -118,6 +133,10 @@ class Writer:
     def wake(self, *, at_once: bool) -> None:
         """Something has ended. Nobody waits for it to be written, but it runs again if we die before that."""
         self._alarm.within(0.0 if at_once else LINGER)
+
+    def is_full(self) -> bool:
+        """Whether so much is unwritten that nothing more is to be begun."""
+        return self.changes.size + self._handed_over > UNWRITTEN_BYTES
 
     async def call(self, function: Callable[[Spool], T]) -> T:
         """Run something on the spool's thread, after all that has been handed in so far. Raises SpoolError."""
@@ -176,19 +195,17 @@ class Writer:
         calls, self._calls = self._calls, []
         self.collect()
         entries = self._due(everything=bool(calls))
-        changes, self.changes = self.changes, Changes()
-        if self.durable:
-            changes.inserts += [job for entry in entries for job in entry.jobs if job.state not in ENDED]
-        changes.keyed += [job for entry in entries for job in entry.keyed]
-        for job in changes.inserts:
+        inserts = [job for entry in entries for job in entry.jobs if job.state not in ENDED] if self.durable else []
+        keyed = [job for entry in entries for job in entry.keyed]
+        transaction = self.changes.take(inserts, keyed, TRANSACTION_BYTES)
+        for job in (*transaction.inserts.jobs, *keyed):
             job.stored = True
-        for job in changes.keyed:
-            job.stored = True
-        if changes or self.failing:  # else nobody would learn that the disk works again
+        if transaction or self.failing:  # else nobody would learn that the disk works again
             self._committing = self._loop.create_future()
             self.began = time.monotonic()
-            ended = partial(self._guard, self._end, time.perf_counter(), entries, changes)
-            self._on_thread(partial(self.spool.commit, changes) if changes else self.spool.probe, ended)
+            self._handed_over = transaction.size
+            ended = partial(self._guard, self._end, time.perf_counter(), entries, transaction)
+            self._on_thread(partial(self.spool.commit, transaction) if transaction else self.spool.probe, ended)
         else:
             for entry in entries:
                 entry.pending.committed(NOTHING)
@@ -208,7 +225,12 @@ class Writer:
         return taken
 
     def _end(
-        self, began: float, entries: list[Entry], changes: Changes, committed: Committed, error: BaseException | None
+        self,
+        began: float,
+        entries: list[Entry],
+        transaction: Transaction,
+        committed: Committed,
+        error: BaseException | None,
     ) -> None:
         """The commit is over."""
         assert self._committing is not None
@@ -216,48 +238,78 @@ class Writer:
         self._committing = self.began = None
         if error is not None and not isinstance(error, SpoolError):
             raise error
+        was_full, self._handed_over = self.is_full(), 0
         self.failing = str(error) if error else None
         self._observe(time.perf_counter() - began, error)
         if error is not None:
-            self._not_before = self._loop.time() + RETRY
-            self._alarm.within(RETRY)
-            self._restore(changes)
-        for entry in entries:
-            if error is not None:
-                entry.pending.refused(error)
-            else:
-                entry.pending.committed(committed)
-        if self._missed:
+            self._refuse(entries, transaction, error)
+        else:
+            self._accept(entries, committed)
+            if was_full and not self.is_full():
+                self.on_room()
+            if transaction.size >= TRANSACTION_BYTES:  # there is more of it
+                self._alarm.within(0)
+        if self._missed and not self._closing:
             self._missed = False
             self._begin()
 
-    def _restore(self, changes: Changes) -> None:
-        """New jobs are refused, but what became of stored ones must be written some day."""
-        refused = set()
-        for job in changes.inserts + changes.keyed:
+    def _accept(self, entries: list[Entry], committed: Committed) -> None:
+        """Tell all who waited; then what was not to be run before is queued, in one go."""
+        stored: list[Job] = []
+        for entry in entries:
+            stored += entry.pending.committed(committed)
+        if stored:
+            self.on_stored(stored)
+
+    def _refuse(self, entries: list[Entry], transaction: Transaction, error: SpoolError) -> None:
+        """New jobs are refused, all of them in one go; what became of stored ones must be written some day."""
+        self._not_before = self._loop.time() + RETRY
+        self._alarm.within(RETRY)
+        for job in (*transaction.inserts.jobs, *transaction.keyed.jobs):
             job.stored = False
-            refused.add(job.seq)
-        later = self.changes
-        later.updates = [job for job in later.updates if job.seq not in refused]
-        later.deletes[:0] = changes.deletes
-        later.succeeded[:0] = changes.succeeded
-        later.updates[:0] = changes.updates
-        later.buried[:0] = changes.buried
+        self.changes.restore(transaction)
+        self.on_refused([job for entry in entries for job in entry.jobs])
+        telling = bool(self._untold)
+        self._untold.extend((entry.pending, error) for entry in entries)
+        if not telling:
+            self._tell_refused()
+
+    def _tell_refused(self) -> None:
+        """Tell those who waited, who may be many, without keeping anybody else waiting."""
+        end = time.monotonic() + TURN
+        while self._untold and (time.monotonic() < end or self._closing):
+            pending, error = self._untold.popleft()
+            pending.refused(error)
+        if self._untold:
+            self._loop.call_soon(partial(self._guard, self._tell_refused))
 
     async def close(self) -> None:
         """Write what is left, then close the spool."""
         self._closing = True
-        for _ in range(2):  # the one that is under way, and all that came meanwhile
-            if self._committing is not None:
-                await self._committing
+        await self._finish_commit()
+        tries = LAST_TRIES
+        while tries and (self._entries or self._calls or self.changes):
             self._begin()
-        if self._committing is not None:
-            await self._committing
+            await self._finish_commit()
+            tries -= bool(self.failing)
         self._alarm.cancel()
-        if ends := len(self.changes.deletes) + len(self.changes.succeeded) + len(self.changes.buried):
+        self._tell_refused()
+        if ends := self.changes.ended():
             log.error("%d jobs have ended, which could not be written: they run again", ends)
-        closed: asyncio.Future[None] = self._loop.create_future()
-        self._on_thread(self.spool.close, lambda _result, _error: closed.set_result(None))
-        await closed
+        closed: asyncio.Future[int | None] = self._loop.create_future()
+        self._on_thread(self._close_spool, lambda left, _error: closed.set_result(left))
+        self.left = await closed
         self._work.put(None)
         self._thread.join()
+
+    async def _finish_commit(self) -> None:
+        while self._committing is not None:
+            await self._committing
+
+    def _close_spool(self) -> int | None:
+        """Close it, and say how many jobs stay in it, if it can be read. Runs on the thread."""
+        left = None
+        with contextlib.suppress(SpoolError):
+            left = self.spool.waiting()
+        self.spool.close()
+        return left
