@@ -277,9 +277,11 @@ class Writer:
     def _tell_refused(self) -> None:
         """Tell those who waited, who may be many, without keeping anybody else waiting."""
         end = time.monotonic() + TURN
-        while self._untold and (time.monotonic() < end or self._closing):
+        while self._untold:
             pending, error = self._untold.popleft()
             pending.refused(error)
+            if time.monotonic() >= end and not self._closing:
+                break
         if self._untold:
             self._loop.call_soon(partial(self._guard, self._tell_refused))
 
