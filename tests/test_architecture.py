@@ -27,6 +27,7 @@ LAYERS: list[set[str]] = [
         "backlog",
         "queue",
         "quotas",
+        "deadcounts",
         "claims",
         "frames",
         "log",
@@ -37,10 +38,23 @@ LAYERS: list[set[str]] = [
         "upkeep",
     },
     {
-        *("spool", "writer", "feeder", "session", "flow", "hangups", "socketfile", "metrics", "scrape", "notify"),
+        *(
+            "spool",
+            "view",
+            "writer",
+            "reader",
+            "feeder",
+            "session",
+            "flow",
+            "hangups",
+            "socketfile",
+            "metrics",
+            "scrape",
+            "notify",
+        ),
         *("worker", "zygote", "forkserver", "channel", "process", "generation", "settle", "dispatcher", "pool"),
     },
-    {"answer", "engine", "admission", "control", "recovery", "reporter", "daemon"},
+    {"answer", "engine", "admission", "deadjobs", "control", "recovery", "reporter", "daemon"},
     {
         *("cli", "exits", "export", "reports", "submission", "daemonize", "terminal"),
         *("client", "connection", "lines", "pipeline", "replies", "local", "__main__", "__init__"),
@@ -51,11 +65,14 @@ NEIGHBOURS: dict[str, set[str]] = {
     "config": {"access"},
     "queue": {"backlog", "quotas"},
     "quotas": {"changes"},
+    "deadcounts": {"changes"},
     "upkeep": {"spoolfile"},
     "session": {"flow"},
     "flow": {"hangups"},
     "feeder": {"flow", "session"},
+    "spool": {"view"},
     "writer": {"spool"},
+    "reader": {"spool", "view", "writer"},
     "zygote": {"worker"},
     "forkserver": {"worker", "zygote"},
     "process": {"worker", "channel"},
@@ -64,7 +81,8 @@ NEIGHBOURS: dict[str, set[str]] = {
     "dispatcher": {"process", "settle"},
     "pool": {"worker", "forkserver", "process", "generation", "settle", "dispatcher"},
     "admission": {"answer", "engine"},
-    "control": {"admission", "engine"},
+    "deadjobs": {"admission", "engine"},
+    "control": {"admission", "deadjobs", "engine"},
     "reporter": {"control"},
     "daemon": {"engine", "admission", "control", "recovery", "reporter"},
     "lines": {"replies"},
@@ -84,7 +102,7 @@ HIGHEST_LAYER_SEEN = dict.fromkeys(("client", "connection", "lines", "pipeline",
 ALONE = {"examples"}
 
 # No clock, no sleep, no I/O: these get all they know passed in.
-PURE = {"errors", "job", "changes", "backlog", "queue", "quotas", "protocol", "frames"}
+PURE = {"errors", "job", "changes", "backlog", "queue", "quotas", "deadcounts", "protocol", "frames"}
 IMPURE = {
     *("asyncio", "datetime", "io", "logging", "multiprocessing", "os", "pathlib", "select", "signal"),
     *("socket", "sqlite3", "subprocess", "threading", "time", "uvloop"),

@@ -7,6 +7,7 @@ import msgspec
 from workerd.job import Job
 
 Stored = dict[int, tuple[int, int]]  # by user: jobs, and bytes of their arguments
+Dead = dict[tuple[int, str], int]  # by user (-1: unknown) and target: jobs
 
 
 class Changes(msgspec.Struct):
@@ -30,8 +31,8 @@ class Committed(msgspec.Struct, frozen=True):
 
 
 class Counts(msgspec.Struct, frozen=True):
-    """What the spool holds: ready jobs of each priority, scheduled and dead ones."""
+    """What the spool holds: ready jobs of each priority, scheduled ones, dead ones of each user and target."""
 
     ready: dict[int, int]
     scheduled: int
-    dead: int
+    dead: Dead

@@ -1,0 +1,156 @@
+"""The command `dead`: lists dead jobs, makes them ready again, deletes them.
+
+Lists are read beside the writer. The others change the spool a piece at a time, and what others have sent is stored
+between two pieces. Each deals with the jobs that were dead when its turn came, not with those that die meanwhile.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import defaultdict
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+import msgspec
+from msgspec import structs
+
+from workerd import clock, protocol
+from workerd.errors import Code, SpoolError, shown
+from workerd.spool import PIECE_JOBS
+
+if TYPE_CHECKING:
+    from workerd.access import Peer
+    from workerd.admission import Admission
+    from workerd.engine import Engine
+    from workerd.reader import Reader
+    from workerd.rows import DeadJob, DeadPage
+    from workerd.session import Reply, Session
+    from workerd.spool import Piece, Revived, Spool
+
+PAGE_BYTES = 4 * 2**20  # of arguments and errors, after which a page of dead jobs ends
+
+Selection = dict[str, Any]  # see rows.chosen
+
+
+class DeadJobs:
+    """See the module."""
+
+    def __init__(self, engine: Engine, admission: Admission, reader: Reader) -> None:
+        self.engine = engine
+        self.admission = admission
+        self.reader = reader
+        self._orders: WeakKeyDictionary[Session, asyncio.Lock] = WeakKeyDictionary()  # one client's, one after another
+        self._lists: defaultdict[int, asyncio.Lock] = defaultdict(
+            asyncio.Lock
+        )  # by uid: one list of each user at a time
+        self._change = asyncio.Lock()  # one change at a time
+
+    async def answer(self, request: protocol.Dead, reply: Reply) -> None:
+        """Do what is asked, and complete the reply. The client may do that."""
+        try:
+            async with self._orders.setdefault(reply.session, asyncio.Lock()):
+                result = await self._result(request, reply)
+        except Exception as error:
+            reply.complete(protocol.refusal(Code.SPOOL_FAILED, str(error)))  # a client must not wait for ever
+            if not isinstance(error, SpoolError):
+                raise
+            return
+        if result is None:
+            message = f"no dead job has the id {shown(request.id)}; `workerd dead` lists them"
+            reply.complete(protocol.refusal(Code.NOT_FOUND, message, request.id))
+        else:
+            reply.complete(protocol.reply({"command": "dead", "result": result}))
+
+    async def _result(self, request: protocol.Dead, reply: Reply) -> dict[str, Any] | None:
+        """None: there is no such job."""
+        selection, peer = structs.asdict(request), reply.session.peer
+        if request.action == "list":
+            async with self._lists[peer.uid]:
+                return await self._list(request, selection, peer) if not reply.session.gone() else {}
+        async with self._change:
+            if reply.session.gone():
+                return {}
+            change, word = (self._retry, "retried") if request.action == "retry" else (self._delete, "deleted")
+            count = await change(selection)
+        return {word: count} if count or request.id is None else None
+
+    # --- lists --------------------------------------------------------------------------------------------
+
+    async def _list(self, request: protocol.Dead, selection: Selection, peer: Peer) -> dict[str, Any] | None:
+        if not self.admission.access.may_administer(peer):
+            selection["uid"] = peer.uid  # what others gave their jobs is no business of this one's
+        jobs, count, last, more = await self.reader.page(
+            selection, request.after, request.limit, PAGE_BYTES, self._rendered
+        )
+        if request.id is not None and not count:
+            return None
+        total = count if request.id is not None else self.engine.dead.total(selection.get("uid"), request.target)
+        return {"jobs": jobs, "next": last if more else None, "total": total}
+
+    def _rendered(self, page: DeadPage) -> tuple[msgspec.Raw, int, int, bool]:
+        """The jobs as JSON, their number, the last seq, and whether more follow."""
+        # one by one: to make JSON of all would keep the event loop from the interpreter
+        jobs = b",".join([msgspec.json.encode(self._told(dead)) for dead in page.jobs])
+        return msgspec.Raw(b"[%b]" % jobs), len(page.jobs), page.jobs[-1].job.seq if page.jobs else 0, page.more
+
+    def _told(self, dead: DeadJob) -> dict[str, Any]:
+        job = dead.job
+        return {
+            "id": self.engine.job_id(job.seq, job.key),
+            "target": job.target,
+            "arguments": protocol.as_raw(job.arguments),
+            "uid": job.submitter and job.submitter.uid,
+            "pid": job.submitter and job.submitter.pid,
+            "submitted": clock.as_set(job.submitted),
+            "ended": clock.as_set(dead.ended),
+            "attempts": job.attempts,
+            "crashes": job.crashes,
+            "error": protocol.as_raw(dead.error or b"null"),
+        }
+
+    # --- changes, a piece at a time -----------------------------------------------------------------------
+
+    async def _retry(self, selection: Selection) -> int:
+        after, upto = 0, self.engine.next_seq - 1
+        total, more = 0, True
+        while more:
+            piece = await self._revive(selection, (after, upto))
+            total, after, more = total + len(piece.seqs), piece.last, piece.more
+            await self.engine.refilled()  # while jobs are being revived, none is read from the spool
+        return total
+
+    async def _revive(self, selection: Selection, within: tuple[int, int]) -> Piece:
+        # revived jobs join the end of their lines, so they need new places in the order
+        engine, now = self.engine, clock.now()
+        first = engine.next_seq
+        engine.next_seq += PIECE_JOBS
+
+        def revive(spool: Spool) -> Revived:
+            return spool.revive(selection, within, first, now)
+
+        ready: dict[int, int] = {}
+        engine.queue.backlog.freeze(first)
+        try:
+            revived = await engine.writer.call(revive)
+            ready = revived.ready
+        finally:
+            engine.queue.revived(ready)
+            engine.settled()
+        engine.dead.remove(revived.piece.jobs())
+        return revived.piece
+
+    async def _delete(self, selection: Selection) -> int:
+        engine, now = self.engine, clock.now()
+        after, upto = 0, engine.next_seq - 1
+        total, more = 0, True
+
+        def delete(spool: Spool) -> Piece:
+            return spool.delete_dead(selection, (after, upto), now)
+
+        while more:
+            piece = await engine.writer.call(delete)
+            total, after, more = total + len(piece.seqs), piece.last, piece.more
+            engine.dead.remove(piece.jobs())
+            if (quotas := engine.queue.quotas) is not None:
+                quotas.unload(piece.by_user())
+        return total
