@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 EPOCH_BITS = 40  # the seqs of one opening
 PURGE_ROWS = 10_000
-PIECE_JOBS = 1000  # dead jobs that one call revives or deletes, so that those of others are stored meanwhile
+PIECE_JOBS = 500  # dead jobs that one call revives or deletes, so that those of others are stored meanwhile
 PIECE_BYTES = 4 * 2**20  # ... with arguments and errors of so many bytes
 
 VACUUM_PAGES = 4096
