@@ -29,8 +29,6 @@ if TYPE_CHECKING:
 
 PAGE_BYTES = 4 * 2**20  # of arguments and errors, after which a page of dead jobs ends
 
-Selection = dict[str, Any]  # see rows.chosen
-
 
 class DeadJobs:
     """See the module."""
@@ -47,9 +45,15 @@ class DeadJobs:
 
     async def answer(self, request: protocol.Dead, reply: Reply) -> None:
         """Do what is asked, and complete the reply. The client may do that."""
+        session = reply.session
+        order = self._orders.setdefault(session, asyncio.Lock())
+        turn = self._lists[session.peer.uid] if request.action == "list" else self._change
+        actions = {"list": self._list, "retry": self._retry, "delete": self._delete}
         try:
-            async with self._orders.setdefault(reply.session, asyncio.Lock()):
-                result = await self._result(request, reply)
+            async with order, turn:
+                if session.gone():
+                    return
+                result = await actions[request.action](request, session.peer)
         except Exception as error:
             reply.complete(protocol.refusal(Code.SPOOL_FAILED, str(error)))  # a client must not wait for ever
             if not isinstance(error, SpoolError):
@@ -61,22 +65,10 @@ class DeadJobs:
         else:
             reply.complete(protocol.reply({"command": "dead", "result": result}))
 
-    async def _result(self, request: protocol.Dead, reply: Reply) -> dict[str, Any] | None:
-        """None: there is no such job."""
-        selection, peer = structs.asdict(request), reply.session.peer
-        if request.action == "list":
-            async with self._lists[peer.uid]:
-                return await self._list(request, selection, peer) if not reply.session.gone() else {}
-        async with self._change:
-            if reply.session.gone():
-                return {}
-            change, word = (self._retry, "retried") if request.action == "retry" else (self._delete, "deleted")
-            count = await change(selection)
-        return {word: count} if count or request.id is None else None
-
     # --- lists --------------------------------------------------------------------------------------------
 
-    async def _list(self, request: protocol.Dead, selection: Selection, peer: Peer) -> dict[str, Any] | None:
+    async def _list(self, request: protocol.Dead, peer: Peer) -> dict[str, Any] | None:
+        selection = structs.asdict(request)
         if not self.admission.access.may_administer(peer):
             selection["uid"] = peer.uid  # what others gave their jobs is no business of this one's
         jobs, count, last, more = await self.reader.page(
@@ -110,16 +102,17 @@ class DeadJobs:
 
     # --- changes, a piece at a time -----------------------------------------------------------------------
 
-    async def _retry(self, selection: Selection) -> int:
+    async def _retry(self, request: protocol.Dead, _peer: Peer) -> dict[str, Any] | None:
+        selection = structs.asdict(request)
         after, upto = 0, self.engine.next_seq - 1
         total, more = 0, True
         while more:
             piece = await self._revive(selection, (after, upto))
             total, after, more = total + len(piece.seqs), piece.last, piece.more
             await self.engine.refilled()  # while jobs are being revived, none is read from the spool
-        return total
+        return {"retried": total} if total or request.id is None else None
 
-    async def _revive(self, selection: Selection, within: tuple[int, int]) -> Piece:
+    async def _revive(self, selection: dict[str, Any], within: tuple[int, int]) -> Piece:
         # revived jobs join the end of their lines, so they need new places in the order
         engine, now = self.engine, clock.now()
         first = engine.next_seq
@@ -139,7 +132,8 @@ class DeadJobs:
         engine.dead.remove(revived.piece.jobs())
         return revived.piece
 
-    async def _delete(self, selection: Selection) -> int:
+    async def _delete(self, request: protocol.Dead, _peer: Peer) -> dict[str, Any] | None:
+        selection = structs.asdict(request)
         engine, now = self.engine, clock.now()
         after, upto = 0, engine.next_seq - 1
         total, more = 0, True
@@ -153,4 +147,4 @@ class DeadJobs:
             engine.dead.remove(piece.jobs())
             if (quotas := engine.queue.quotas) is not None:
                 quotas.unload(piece.by_user())
-        return total
+        return {"deleted": total} if total or request.id is None else None

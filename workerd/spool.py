@@ -208,7 +208,8 @@ class Spool:
         with self._reading():
             where = self._chosen(selection)
             seqs, more = rows.peek_dead(self._db, where, (after_seq, LAST_SEQ), limit, max_bytes)
-            return DeadPage(self._load(seqs), more)
+            jobs = self._load(seqs)
+            return DeadPage(jobs if len(jobs) == len(seqs) else rows.load(self._db, seqs), more)  # all can be read now
 
     def revive(self, selection: Mapping[str, Any], within: tuple[int, int], first: int, now: float | None) -> Revived:
         """Make a piece of the dead jobs ready, of those above the one seq and up to the other, in their old order, with
