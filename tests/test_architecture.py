@@ -65,7 +65,7 @@ NEIGHBOURS: dict[str, set[str]] = {
     "config": {"access"},
     "queue": {"backlog", "quotas"},
     "quotas": {"changes"},
-    "deadcounts": {"changes"},
+    "deadcounts": {"changes", "quotas"},
     "upkeep": {"spoolfile"},
     "session": {"flow"},
     "flow": {"hangups"},

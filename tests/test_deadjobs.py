@@ -454,6 +454,29 @@ def test_others_jobs_are_stored_between_two_pieces(
     within(spool, steps)
 
 
+def test_a_change_that_fails_on_its_way_says_how_far_it_came(spool: Spool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the disk took is done, and counted; the rest is dead still."""
+    bury(spool, 50)
+    monkeypatch.setattr(spool_module, "PIECE_JOBS", 20)
+    delete = Spool.delete_dead
+
+    def refused(self: Spool, selection: dict[str, Any], within: tuple[int, int], now: float) -> Piece:
+        if within[0]:
+            raise SpoolError("the disk is full")
+        return delete(self, selection, within, now)
+
+    monkeypatch.setattr(Spool, "delete_dead", refused)
+
+    async def steps(house: House) -> None:
+        root = Replies(ROOT)
+        error = (await house.ask(root, action="delete", all=True))["error"]
+        assert error == {"code": "spool_failed", "message": "20 dead jobs were deleted before this: the disk is full"}
+        found = await house.ask(root)
+        assert (found["total"], len(found["jobs"])) == (30, 30)
+
+    within(spool, steps)
+
+
 def test_a_kill_between_two_pieces_leaves_the_rest_dead(spool: Spool, path: Path, tmp_path: Path) -> None:
     """Each piece is a transaction: what the file holds then is all that was not dealt with."""
     bury(spool, 1200)

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING
 
+from workerd.quotas import owner
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from workerd.changes import Dead
     from workerd.job import Job
-
-NOBODY = -1  # the user of jobs of whom nothing is known
 
 
 class DeadCounts:
@@ -24,7 +24,7 @@ class DeadCounts:
 
     def bury(self, job: Job) -> None:
         """One more has died."""
-        uid = job.submitter.uid if job.submitter else NOBODY
+        uid = owner(job)
         self.add({(uid, job.target): 1})
         self._deaths[uid] += 1
         self._deaths[None] += 1

@@ -19,13 +19,15 @@ from workerd.errors import Code, SpoolError, shown
 from workerd.spool import PIECE_JOBS
 
 if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
     from workerd.access import Peer
     from workerd.admission import Admission
     from workerd.engine import Engine
     from workerd.reader import Reader
     from workerd.rows import DeadJob, DeadPage
     from workerd.session import Reply, Session
-    from workerd.spool import Piece, Revived, Spool
+    from workerd.spool import Piece
 
 PAGE_BYTES = 4 * 2**20  # of arguments and errors, after which a page of dead jobs ends
 
@@ -104,47 +106,53 @@ class DeadJobs:
 
     async def _retry(self, request: protocol.Dead, _peer: Peer) -> dict[str, Any] | None:
         selection = structs.asdict(request)
+
+        async def revive(within: tuple[int, int]) -> Piece:
+            piece = await self._revive(selection, within)
+            await self.engine.refilled()  # while jobs are being revived, none is read from the spool
+            return piece
+
+        return await self._in_pieces(request, "retried", revive)
+
+    async def _delete(self, request: protocol.Dead, _peer: Peer) -> dict[str, Any] | None:
+        selection, now = structs.asdict(request), clock.now()
+
+        async def delete(within: tuple[int, int]) -> Piece:
+            piece = await self.engine.writer.call(lambda spool: spool.delete_dead(selection, within, now))
+            if (quotas := self.engine.queue.quotas) is not None:
+                quotas.unload(piece.by_user())
+            return piece
+
+        return await self._in_pieces(request, "deleted", delete)
+
+    async def _in_pieces(
+        self, request: protocol.Dead, word: str, change: Callable[[tuple[int, int]], Awaitable[Piece]]
+    ) -> dict[str, Any] | None:
+        """Change a piece after the other; `change` is given the seq above which it begins, and the last of all."""
         after, upto = 0, self.engine.next_seq - 1
         total, more = 0, True
         while more:
-            piece = await self._revive(selection, (after, upto))
+            try:
+                piece = await change((after, upto))
+            except SpoolError as error:
+                if not total:
+                    raise
+                raise SpoolError(f"{total} dead jobs were {word} before this: {error}") from error
+            self.engine.dead.remove(piece.jobs())
             total, after, more = total + len(piece.seqs), piece.last, piece.more
-            await self.engine.refilled()  # while jobs are being revived, none is read from the spool
-        return {"retried": total} if total or request.id is None else None
+        return {word: total} if total or request.id is None else None
 
     async def _revive(self, selection: dict[str, Any], within: tuple[int, int]) -> Piece:
         # revived jobs join the end of their lines, so they need new places in the order
         engine, now = self.engine, clock.now()
         first = engine.next_seq
         engine.next_seq += PIECE_JOBS
-
-        def revive(spool: Spool) -> Revived:
-            return spool.revive(selection, within, first, now)
-
         ready: dict[int, int] = {}
         engine.queue.backlog.freeze(first)
         try:
-            revived = await engine.writer.call(revive)
+            revived = await engine.writer.call(lambda spool: spool.revive(selection, within, first, now))
             ready = revived.ready
         finally:
             engine.queue.revived(ready)
             engine.settled()
-        engine.dead.remove(revived.piece.jobs())
         return revived.piece
-
-    async def _delete(self, request: protocol.Dead, _peer: Peer) -> dict[str, Any] | None:
-        selection = structs.asdict(request)
-        engine, now = self.engine, clock.now()
-        after, upto = 0, engine.next_seq - 1
-        total, more = 0, True
-
-        def delete(spool: Spool) -> Piece:
-            return spool.delete_dead(selection, (after, upto), now)
-
-        while more:
-            piece = await engine.writer.call(delete)
-            total, after, more = total + len(piece.seqs), piece.last, piece.more
-            engine.dead.remove(piece.jobs())
-            if (quotas := engine.queue.quotas) is not None:
-                quotas.unload(piece.by_user())
-        return {"deleted": total} if total or request.id is None else None

@@ -32,7 +32,6 @@ EPOCH_BITS = 40  # the seqs of one opening
 PURGE_ROWS = 10_000
 PIECE_JOBS = 500  # dead jobs that one call revives or deletes, so that those of others are stored meanwhile
 PIECE_BYTES = 4 * 2**20  # ... with arguments and errors of so many bytes
-
 VACUUM_PAGES = 4096
 
 
@@ -305,7 +304,9 @@ class Spool:
 
     def _spoil(self, seqs: Sequence[int]) -> None:
         listed = {"seqs": as_json(seqs)}
-        count = f"SELECT coalesce(uid, -1), CAST(target AS BLOB) FROM jobs WHERE state = 4 AND seq {rows.LISTED}"
+        count = (
+            f"SELECT coalesce(uid, {rows.NOBODY}), CAST(target AS BLOB) FROM jobs WHERE state = 4 AND seq {rows.LISTED}"
+        )
         with self._transaction():
             before = self._db.execute(count, listed).fetchall()
             for statement in rows.SPOIL:

@@ -29,7 +29,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="tests/run benchmarks", description=__doc__.partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="of each section; medians are shown [5]")
     parser.add_argument("--quick", action="store_true", help="a look, with numbers too small to be believed")
-    parser.add_argument("--only", action="append", choices=(*SECTIONS, *ON_DEMAND), help="this section; may be given again")
+    parser.add_argument(
+        "--only", action="append", choices=(*SECTIONS, *ON_DEMAND), help="this section; may be given again"
+    )
     parser.add_argument(
         "--output", type=Path, help="folder of results.json and chart.svg; with --quick, none if not given"
     )
