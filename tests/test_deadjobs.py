@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 
-from workerd import deadjobs, protocol, rows, upkeep, view
+from workerd import deadjobs, protocol, reader, rows, upkeep, view
 from workerd import spool as spool_module
 from workerd.access import Access, Peer
 from workerd.changes import Changes
@@ -339,23 +339,41 @@ def test_a_client_that_has_gone_is_read_nothing_for(spool: Spool, monkeypatch: p
 
 
 def test_of_each_user_one_list_is_read_at_a_time(spool: Spool) -> None:
-    """Hundreds of one user's wait for each other, so that another's is next but one; a client's own keep their order,
+    """Many of one user's wait for each other, so that another's is next but one; a client's own keep their order,
     also with what it changes.
     """
     bury(spool, 3)
 
     async def steps(house: House) -> None:
-        crowd = [Replies(ALICE) for _ in range(200)]
+        crowd = [Replies(ALICE) for _ in range(30)]
         lists = [asyncio.create_task(house.ask(client)) for client in crowd]
         await asyncio.sleep(0)
         assert (await house.ask(Replies(BOB)))["total"] == 0
-        assert sum(task.done() for task in lists) < 10
+        assert sum(task.done() for task in lists) < 5
         await asyncio.gather(*lists)
         root = Replies(ROOT)
         await asyncio.gather(
             house.ask(root), house.ask(root, action="delete", all=True), house.ask(root), house.ask(root)
         )
         assert [line["result"].get("total", "deleted") for line in root.lines] == [3, "deleted", 0, 0]
+
+    within(spool, steps)
+
+
+def test_lists_without_end_leave_the_time_to_others(spool: Spool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a list of somebody who does not administer, all who do not wait, the longer the longer it took."""
+    monkeypatch.setattr(reader, "REST", 1e9)
+    monkeypatch.setattr(reader, "LONGEST_REST", 3600.0)
+
+    async def steps(house: House) -> None:
+        await house.ask(Replies(ALICE))
+        waiting = [asyncio.create_task(house.ask(Replies(uid))) for uid in (ALICE, BOB)]
+        for _ in range(5):
+            await house.ask(Replies(ROOT))
+        assert not any(task.done() for task in waiting)
+        for task in waiting:
+            task.cancel()
+        await asyncio.wait(waiting)
 
     within(spool, steps)
 
