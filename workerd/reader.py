@@ -52,7 +52,7 @@ class Reader:
         *,
         paced: bool,
     ) -> T:
-        """What `render` makes of a page of dead jobs, on the thread. `paced`: lists like this one take a tenth of the time
+        """What `render` makes of a page of dead jobs, on the thread. `paced`: such lists take a tenth of the time
         at most, all of them together. Raises SpoolError.
         """
         if self._view is not None:
