@@ -472,6 +472,36 @@ def test_others_jobs_are_stored_between_two_pieces(
     within(spool, steps)
 
 
+def test_the_backlog_is_read_between_two_pieces(spool: Spool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While a piece is made ready nothing is read from the spool, and what was asked for before is not taken in; so the
+    next piece waits for that, or the workers would get nothing until all are ready.
+    """
+    bury(spool, 3)
+    monkeypatch.setattr(spool_module, "PIECE_JOBS", 1)
+    order: list[str] = []
+    revive = Spool.revive
+
+    def revived(self: Spool, *arguments: Any) -> Any:
+        order.append("piece")
+        return revive(self, *arguments)
+
+    monkeypatch.setattr(Spool, "revive", revived)
+
+    async def steps(house: House) -> None:
+        refilled = house.engine.queue.backlog.refilled
+
+        def taken_in(*arguments: Any) -> bool:
+            taken = refilled(*arguments)
+            order.append("refill" if taken else "refill in vain")
+            return taken
+
+        monkeypatch.setattr(house.engine.queue.backlog, "refilled", taken_in)
+        assert (await house.ask(Replies(ROOT), action="retry", all=True)) == {"retried": 3}
+        assert order == ["piece", "refill"] * 3
+
+    within(spool, steps)
+
+
 def test_a_change_that_fails_on_its_way_says_how_far_it_came(spool: Spool, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the disk took is done, and counted; the rest is dead still."""
     bury(spool, 50)
