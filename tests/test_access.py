@@ -493,19 +493,19 @@ def test_no_id_ends_the_daemon(tmp_path: Path) -> None:
 
 
 def test_nobody_takes_the_name_of_a_later_job(tmp_path: Path) -> None:
-    """An id that the daemon has yet to give is refused, alone and in an array; one that it has given is a duplicate,
-    also while its job runs, or once it has ended. So no two dead jobs have one name.
+    """An id that the daemon has yet to give is refused, alone and in an array, as is one whose job has ended without a
+    trace; that of a job that runs is a duplicate. So no two dead jobs have one name.
     """
     with Daemon(tmp_path, SOURCE) as daemon, daemon.connect() as client:
         first = client.request(job("echo"))["id"]
+        daemon.wait_until_done()
         prefix, _, number = first.rpartition("-")
         later = [f"{prefix}-{int(number, 16) + ahead:x}" for ahead in (1, 2, 3, 2**40)]
-        for name in later:
+        for name in (first, *later):
             refused = client.request(job("fail", "thief", id=name))
             assert (refused["error"]["code"], refused["id"]) == ("bad_request", name)
             refused = client.batch([job("echo"), job("fail", "thief", id=name)])
             assert refused["error"]["message"].startswith("$[1].id: ")
-        assert client.request(job("fail", "thief", id=first))["status"] == "duplicate"
         running = client.request(job("sleep", 3600))["id"]
         assert client.request(job("fail", "thief", id=running))["status"] == "duplicate"
         names = [client.request(job("fail", "own"))["id"] for _ in later]

@@ -129,6 +129,50 @@ def test_a_known_id_is_a_duplicate_and_is_not_run_again(tmp_path: Path, path: st
         assert numbers(ledger) == [7]
 
 
+def test_a_duplicate_is_only_told_where_there_is_such_a_job(tmp_path: Path) -> None:
+    """Ids of the form that the daemon gives: that of a job that waits, is dead, or was dead and waits again, also after a
+    kill -9, is a duplicate. One whose number went to a job with an id of its own, or to none, is refused, alone and in
+    an array, of which nothing is run; after the next start it is an id like any other, and so runs once.
+    """
+    source = """
+class T:
+    def noop(self, a): pass
+    def fail(self, a): raise ValueError(a)
+"""
+    with Daemon(tmp_path, source) as daemon, daemon.connect() as client:
+        waits = client.request(job("noop", delay=3600))["id"]
+        dead, again = (daemon.run("fail")["id"] for _ in range(2))
+        assert client.request(job("noop", id="own"))["status"] == "accepted"
+        prefix, _, number = again.rpartition("-")
+        nobodys = f"{prefix}-{int(number, 16) + 1:x}"
+        assert client.request({"command": "dead", "action": "retry", "id": again})["result"] == {"retried": 1}
+        daemon.wait_until(lambda status: status["jobs"]["dead"] == 2)
+        for name in (waits, dead, again):
+            assert client.request(job("noop", id=name)) == {"id": name, "status": "duplicate"}
+        refused = client.request(job("noop", id=nobodys))
+        assert (refused["id"], refused["error"]["code"]) == (nobodys, "bad_request")
+        assert f'ids that begin with "{prefix}-" are' in refused["error"]["message"]
+        assert nobodys in refused["error"]["message"]
+        mixed = [
+            job("noop", id=waits),
+            job("noop", delay=3600),
+            job("noop", id="new", delay=3600),
+            job("nothing", id=dead),
+        ]
+        known, plain, new, missing = client.pipeline(mixed)
+        assert (known["status"], plain["status"], new["status"]) == ("duplicate", "accepted", "accepted")
+        assert missing["error"]["code"] == "unknown_target"
+        array = [job("noop", id="newer", delay=3600), job("noop", id=waits), job("noop", id=nobodys)]
+        error = client.batch(array)["error"]
+        assert (error["code"], error["message"][:9]) == ("bad_request", "$[2].id: ")
+        assert [reply["status"] for reply in client.batch(array[:2])] == ["accepted", "duplicate"]
+        daemon.kill(signal.SIGKILL)
+        daemon.start()
+        for name in (waits, dead, again, "newer"):
+            assert daemon.request(job("noop", id=name))["status"] == "duplicate"
+        assert [daemon.request(job("noop", id=nobodys))["status"] for _ in range(2)] == ["accepted", "duplicate"]
+
+
 def test_dead_jobs_stay_until_somebody_decides(tmp_path: Path) -> None:
     """Dead jobs survive a restart with their error; retry runs them under their old id; delete forgets them."""
     source = "from pathlib import Path\nclass T:\n    def need(self, a): return Path(a).read_text()\n"

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
 
 from workerd import engine
+from workerd.deadcounts import DeadCounts
 from workerd.engine import Engine
 from workerd.job import Job, Options
 from workerd.queue import JobQueue
@@ -22,7 +23,7 @@ def test_who_has_gone_away_waits_for_nothing(monkeypatch: pytest.MonkeyPatch) ->
     """
     monkeypatch.setattr(engine, "FEW_WAITERS", MANY)
     writer = SimpleNamespace(spool=SimpleNamespace(identity="spool", first_seq=1), durable=True, changes=None)
-    tried = Engine(JobQueue(), cast("Any", writer), cast("Any", None))
+    tried = Engine(JobQueue(), cast("Any", writer), cast("Any", None), DeadCounts({}))
     kept: set[int] = set()
     for client in range(100):
         reply = SimpleNamespace(session=SimpleNamespace(gone=lambda gone=client % 50: bool(gone)))

@@ -10,6 +10,7 @@ import sqlite3
 import subprocess
 import sys
 import threading
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,7 @@ from msgspec import structs
 from transactions import ALL, snapshot, transaction
 
 from workerd import rows
+from workerd import spool as spool_module
 from workerd.changes import Counts
 from workerd.errors import SpoolError
 from workerd.job import Backoff, Job, Options, State, Submitter
@@ -81,6 +83,27 @@ def scheduled(spool: Spool) -> list[Job]:
 
 def seqs(jobs: list[Job]) -> list[int]:
     return [job.seq for job in jobs]
+
+
+def dead_seqs(spool: Spool, **selection: object) -> list[int]:
+    return seqs([dead.job for dead in spool.dead(selection, 0, 1000, PLENTY).jobs])
+
+
+def revive(spool: Spool, first: int, **selection: object) -> dict[int, int]:
+    """All of these, in as many pieces as it takes; how many of each priority."""
+    total: Counter[int] = Counter()
+    after, more = 0, True
+    while more:
+        revived = spool.revive(selection, (after, first - 1), first, NOW + 50)
+        total.update(revived.ready)
+        first += len(revived.piece.seqs)
+        after, more = revived.piece.last, revived.piece.more
+    return total
+
+
+def delete(spool: Spool, **selection: object) -> dict[tuple[int, str], tuple[int, int]]:
+    """Those of one piece."""
+    return spool.delete_dead(selection, (0, 2**62), NOW).usage
 
 
 def stored(job: Job, **more: object) -> Job:
@@ -207,8 +230,8 @@ def test_many_endings_are_written_in_statements_of_bounded_size(spool: Spool, mo
     succeeded = [(job.seq, NOW) for job in jobs[100:200]]
     spool.commit(transaction(buried=buried, succeeded=succeeded * 200, deletes=[job.seq for job in jobs[200:]] * 200))
     spool._db.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, before)
-    assert spool.counts(NOW + 1) == Counts({}, 0, 100)
-    assert {dead.error for dead in spool.dead({}, 0, 1000, PLENTY)[0]} == {error}
+    assert spool.counts(NOW + 1) == Counts({}, 0, {(-1, "target"): 100})
+    assert {dead.error for dead in spool.dead({}, 0, 1000, PLENTY).jobs} == {error}
 
 
 # --- ids of clients ---------------------------------------------------------------------------------------
@@ -230,7 +253,7 @@ def test_ids_are_remembered_then_purged(spool: Spool) -> None:
     job = make(spool.first_seq, key="a", arguments=b"x" * 100)
     spool.commit(transaction(keyed=[job]))
     spool.commit(transaction(succeeded=[(job.seq, 1000.0)]))
-    assert spool.counts(NOW + 1) == Counts({}, 0, 0)
+    assert spool.counts(NOW + 1) == Counts({}, 0, {})
     again = make(spool.first_seq + 1, key="a")
     assert spool.commit(transaction(keyed=[again])).new == frozenset()
     assert spool.purge(1000.0) == 0
@@ -299,8 +322,8 @@ def test_a_whole_life_in_one_commit(spool: Spool) -> None:
             deletes=[deleted.seq],
         )
     )
-    assert spool.counts(NOW + 1) == Counts({}, 0, 1)
-    assert seqs([dead.job for dead in spool.dead({}, 0, 10, PLENTY)[0]]) == [buried.seq]
+    assert spool.counts(NOW + 1) == Counts({}, 0, {(-1, "target"): 1})
+    assert dead_seqs(spool) == [buried.seq]
     assert spool.purge(NOW + 1) == 1
 
 
@@ -320,8 +343,7 @@ def test_buried_jobs_keep_their_error(spool: Spool) -> None:
     for job in (old, unknown, keyed):
         job.attempts, job.state = 3, State.DEAD
     spool.commit(transaction(buried=[(job, ERROR, NOW + 1) for job in (old, unknown, keyed)]))
-    dead, total, _ = spool.dead({}, 0, 10, PLENTY)
-    assert total == 3
+    dead = spool.dead({}, 0, 10, PLENTY).jobs
     assert [one.job for one in dead] == [stored(old), stored(unknown), stored(keyed)]
     assert {(one.error, one.ended) for one in dead} == {(ERROR, NOW + 1)}
     assert ready(spool) == []
@@ -367,8 +389,8 @@ def test_jobs_that_were_delayed_come_at_their_place_in_the_line(spool: Spool) ->
     assert seqs(spool.refill_ready(100, ALL, all_of_them, 99, PLENTY)) == [first + i for i in (0, 4, 1, 2, 5, 3)]
     assert seqs(spool.refill_ready(100, ALL, (NOW + 1, 0), 99, PLENTY)) == [first + i for i in (0, 4, 1, 2, 3)]
     assert seqs(spool.refill_ready(100, place(jobs[1]), all_of_them, 2, PLENTY)) == [first + 2, first + 5]
-    assert spool.counts(NOW + 2.6) == Counts({100: 6, 7: 1}, 1, 0)
-    assert spool.counts(NOW + 2.5) == Counts({100: 5}, 3, 0), "what is due at this very moment is not ready yet"
+    assert spool.counts(NOW + 2.6) == Counts({100: 6, 7: 1}, 1, {})
+    assert spool.counts(NOW + 2.5) == Counts({100: 5}, 3, {}), "what is due at this very moment is not ready yet"
 
 
 @pytest.mark.parametrize("rows_of", ["ready", "due"])
@@ -397,14 +419,15 @@ def test_a_rotten_row_costs_its_own_job_only(spool: Spool, rot: str) -> None:
         f"SELECT CAST(target AS BLOB), CAST(options AS BLOB), CAST(key AS BLOB) FROM jobs WHERE seq = {jobs[7].seq}"
     ).fetchone()
     assert seqs(ready(spool)) == [job.seq for job in jobs if job is not jobs[7]]
-    assert spool.spoiled == 1
-    (dead,), total, _ = spool.dead({}, 0, 10, PLENTY)
-    assert (dead.job.seq, dead.job.target, total) == (jobs[7].seq, "unreadable", 1)
+    assert spool.take_spoiled() == {(-1, "unreadable"): 1}
+    (dead,) = spool.dead({}, 0, 10, PLENTY).jobs
+    assert (dead.job.seq, dead.job.target) == (jobs[7].seq, "unreadable")
     assert b"makes no sense" in dead.error
     kept = "SELECT CAST(target AS BLOB), CAST(options AS BLOB), CAST(key AS BLOB) FROM spoiled"
     assert spool._db.execute(kept).fetchall() == [before]
     assert len(ready(spool)) == 19
-    assert spool.spoiled == 1
+    assert spool.take_spoiled() == {}
+    assert spool.counts(NOW + 1).dead == {(-1, "unreadable"): 1}
 
 
 def test_scheduled_jobs_come_in_order(spool: Spool) -> None:
@@ -431,11 +454,11 @@ def test_bytes_bound_a_refill(spool: Spool) -> None:
 def test_counts(spool: Spool) -> None:
     """All is counted by state, ready jobs by priority."""
     first = spool.first_seq
-    assert spool.counts(NOW + 1) == Counts({}, 0, 0)
+    assert spool.counts(NOW + 1) == Counts({}, 0, {})
     jobs = [make(first + i, priority=i % 3, submitted=NOW + i, ready_at=NOW + i) for i in range(10)]
     late = [make(first + 20, delay=7), make(first + 21, delay=2)]
     spool.commit(transaction(inserts=jobs + late, buried=[(make(first + 30), ERROR, NOW)], deletes=[first]))
-    assert spool.counts(NOW + 1) == Counts({0: 3, 1: 3, 2: 3}, 2, 1)
+    assert spool.counts(NOW + 1) == Counts({0: 3, 1: 3, 2: 3}, 2, {(-1, "target"): 1})
 
 
 # --- dead jobs --------------------------------------------------------------------------------------------
@@ -452,28 +475,28 @@ def bury(spool: Spool) -> list[Job]:
 
 
 def test_dead_jobs_are_listed_in_pages(spool: Spool) -> None:
-    """The dead are listed by seq from behind a cursor, of one target, one user or all, with the total, and whether
-    more follow; a page ends when its arguments and errors are many bytes.
+    """The dead are listed by seq from behind a cursor, of one target, one user or all, and whether more follow; a page
+    ends when its arguments and errors are many bytes.
     """
     jobs = bury(spool)
 
-    def page(selection: dict[str, object], after: int, limit: int, max_bytes: int) -> tuple[list[int], int, bool]:
-        found, total, more = spool.dead(selection, after, limit, max_bytes)
-        return seqs([dead.job for dead in found]), total, more
+    def page(selection: dict[str, object], after: int, limit: int, max_bytes: int) -> tuple[list[int], bool]:
+        found = spool.dead(selection, after, limit, max_bytes)
+        return seqs([dead.job for dead in found.jobs]), found.more
 
-    assert page({}, 0, 4, PLENTY) == (seqs(jobs[:4]), 6, True)
-    assert page({}, jobs[3].seq, 2, PLENTY) == (seqs(jobs[4:]), 6, False)
-    assert page({"target": "a"}, jobs[0].seq, 4, PLENTY) == ([jobs[2].seq, jobs[4].seq], 3, False)
-    assert page({"target": "c"}, 0, 4, PLENTY) == ([], 0, False)
-    assert page({"uid": 1001}, 0, 4, PLENTY) == (seqs([jobs[1], jobs[3], jobs[5]]), 3, False)
-    assert page({"uid": 1001, "target": "a"}, 0, 4, PLENTY) == ([], 0, False)
-    assert page({}, 0, 6, 2 * (len(jobs[0].arguments) + len(ERROR))) == (seqs(jobs[:3]), 6, True)
-    assert page({}, 0, 6, 2 * len(ERROR)) == (seqs(jobs[:2]), 6, True)
-    assert page({}, 0, 6, 0) == (seqs(jobs[:1]), 6, True)
+    assert page({}, 0, 4, PLENTY) == (seqs(jobs[:4]), True)
+    assert page({}, jobs[3].seq, 2, PLENTY) == (seqs(jobs[4:]), False)
+    assert page({"target": "a"}, jobs[0].seq, 4, PLENTY) == ([jobs[2].seq, jobs[4].seq], False)
+    assert page({"target": "c"}, 0, 4, PLENTY) == ([], False)
+    assert page({"uid": 1001}, 0, 4, PLENTY) == (seqs([jobs[1], jobs[3], jobs[5]]), False)
+    assert page({"uid": 1001, "target": "a"}, 0, 4, PLENTY) == ([], False)
+    assert page({}, 0, 6, 2 * (len(jobs[0].arguments) + len(ERROR))) == (seqs(jobs[:3]), True)
+    assert page({}, 0, 6, 2 * len(ERROR)) == (seqs(jobs[:2]), True)
+    assert page({}, 0, 6, 0) == (seqs(jobs[:1]), True)
 
 
 def find_dead(spool: Spool, job_id: str, uid: int | None = None) -> list[int]:
-    return seqs([dead.job for dead in spool.dead({"id": job_id, "uid": uid}, 0, 10, PLENTY)[0]])
+    return dead_seqs(spool, id=job_id, uid=uid)
 
 
 def test_a_dead_job_is_found_by_its_id(spool: Spool) -> None:
@@ -518,15 +541,15 @@ def test_revived_jobs_start_anew(spool: Spool) -> None:
     living = make(spool.first_seq + 9, priority=0)
     spool.commit(transaction(inserts=[living]))
     first = spool.first_seq + 1000
-    assert spool.revive({"all": True}, first, now=NOW + 50) == {0: 2, 1: 2, 2: 2}
+    assert revive(spool, first, all=True) == {0: 2, 1: 2, 2: 2}
     names = [job.key or f"{spool.identity}-{job.seq:x}" for job in jobs]
     expected = [
         stored(job, seq=first + i, key=names[i], attempts=0, crashes=0, ready_at=NOW + 50) for i, job in enumerate(jobs)
     ]
     assert ready(spool, 0) == [stored(living), expected[0], expected[3]]
     assert ready(spool, 1) + ready(spool, 2) == [expected[1], expected[4], expected[2], expected[5]]
-    assert spool.dead({}, 0, 10, PLENTY) == ([], 0, False)
-    assert spool.revive({"all": True}, first + 100) == {}
+    assert dead_seqs(spool) == []
+    assert revive(spool, first + 100, all=True) == {}
     spool.commit(transaction(buried=[(ready(spool, 1)[0], ERROR, NOW)]))
     assert find_dead(spool, names[1])
 
@@ -542,23 +565,36 @@ def test_revived_jobs_start_anew(spool: Spool) -> None:
 def test_what_is_chosen_is_revived(spool: Spool, chosen: dict[str, object], which: list[int]) -> None:
     """One job by its id, those of a target, or all: the others stay dead."""
     jobs = bury(spool)
-    assert sum(spool.revive(chosen, spool.first_seq + 1000).values()) == len(which)
-    left = seqs([dead.job for dead in spool.dead({}, 0, 10, PLENTY)[0]])
-    assert left == [job.seq for i, job in enumerate(jobs) if i not in which]
+    assert sum(revive(spool, spool.first_seq + 1000, **chosen).values()) == len(which)
+    assert dead_seqs(spool) == [job.seq for i, job in enumerate(jobs) if i not in which]
 
 
 def test_one_job_without_key_is_revived(spool: Spool) -> None:
     """The id that the daemon gave chooses a job, too; one that is unknown chooses none."""
     jobs = bury(spool)
-    assert spool.revive({"id": f"{spool.identity}-{jobs[1].seq:x}"}, spool.first_seq + 1000) == {1: 1}
-    assert spool.revive({"id": "unknown"}, spool.first_seq + 2000) == {}
+    assert revive(spool, spool.first_seq + 1000, id=f"{spool.identity}-{jobs[1].seq:x}") == {1: 1}
+    assert revive(spool, spool.first_seq + 2000, id="unknown") == {}
 
 
-def test_no_more_are_revived_than_there_are_seqs(spool: Spool) -> None:
-    """`limit` keeps to the seqs that were set aside: those that died since wait for another call."""
-    jobs, first = bury(spool), spool.first_seq + 1000
-    assert sum(spool.revive({"all": True}, first, limit=4).values()) == 4
-    assert seqs([dead.job for dead in spool.dead({}, 0, 10, PLENTY)[0]]) == seqs(jobs[4:])
+@pytest.mark.parametrize("what", ["PIECE_JOBS", "PIECE_BYTES"])
+def test_dead_jobs_are_dealt_with_in_pieces(spool: Spool, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+    """One call takes so many jobs, or so many bytes, in their order, and says whether more follow; what lies outside the
+    seqs that are given, as those that die meanwhile do, stays dead.
+    """
+    jobs = bury(spool)
+    first = spool.first_seq + 1000
+    upto = jobs[4].seq
+    each = len(jobs[0].arguments) + len(ERROR)
+    monkeypatch.setattr(spool_module, what, 2 if what == "PIECE_JOBS" else 2 * each - 1)
+    one = spool.revive({"all": True}, (0, upto), first, NOW)
+    assert (one.piece.seqs, one.piece.more, sum(one.ready.values())) == (seqs(jobs[:2]), True, 2)
+    two = spool.delete_dead({"all": True}, (one.piece.last, upto), NOW)
+    assert (two.seqs, two.more, two.jobs()) == (seqs(jobs[2:4]), True, {(-1, "a"): 1, (1001, "b"): 1})
+    three = spool.delete_dead({"all": True}, (two.last, upto), NOW)
+    assert (three.seqs, three.more, three.by_user()) == (seqs(jobs[4:5]), False, {-1: (1, 3)})
+    assert dead_seqs(spool) == seqs(jobs[5:])
+    nothing = spool.delete_dead({"all": True}, (three.last, upto), NOW)
+    assert (nothing.seqs, nothing.last, nothing.more) == ([], 0, False)
 
 
 def test_a_name_that_a_client_took(spool: Spool) -> None:
@@ -566,17 +602,21 @@ def test_a_name_that_a_client_took(spool: Spool) -> None:
     thief = make(spool.first_seq + 50, key=f"{spool.identity}-{spool.first_seq:x}")
     spool.commit(transaction(inserts=[thief]))  # as an older version let it
     bury(spool)
-    assert spool.revive({"target": "a"}, spool.first_seq + 1000) == {0: 1, 2: 1, 1: 1}
+    assert revive(spool, spool.first_seq + 1000, target="a") == {0: 1, 2: 1, 1: 1}
     assert [one.key for one in ready(spool, 0)] == [None]
 
 
 def test_the_name_of_a_job_is_known(spool: Spool) -> None:
-    """Whoever submits a job under the name that the daemon has given one, as an export does, has the same job; in this
-    opening also where that need not be stored, since it runs already or has ended.
+    """Whoever submits a job under the name that the daemon has given one, as an export does, has the same job, if it is
+    there; also where it was dead and runs again. What has only the number of a job with an id of its own is no name.
     """
-    first = several(spool, 3)
-    spool.commit(transaction(inserts=first))
-    again = [make(spool.first_seq + 50 + i, key=f"{spool.identity}-{spool.first_seq + i:x}") for i in range(4)]
+    first = several(spool, 4)
+    first[2].key, first[3].key = "own", f"{spool.identity}-{spool.first_seq + 900:x}"
+    spool.commit(transaction(inserts=first[:2], keyed=first[2:]))
+    names = [f"{spool.identity}-{job.seq:x}" for job in first]
+    unknown = [names[2], names[3], f"{spool.identity}-{spool.first_seq + 4:x}", "other"]
+    assert spool.named([*names[:2], "own", str(first[3].key), *unknown]) == {*names[:2], "own", first[3].key}
+    again = [make(spool.first_seq + 50 + i, key=name) for i, name in enumerate([*names[:2], "own"])]
     older = make(spool.first_seq + 60, key=f"{spool.identity}-{spool.first_seq - 1:x}")
     assert spool.commit(transaction(keyed=[*again, older])).new == {older.seq}
     assert seqs(ready(spool)) == [*seqs(first), older.seq]
@@ -586,12 +626,12 @@ def test_deleted_dead_jobs_leave_the_ids_of_clients(spool: Spool) -> None:
     """Deleting the dead forgets them, but an id that a client gave stays known until it is purged."""
     bury(spool)
     assert spool.usage() == {-1: (3, 9), 1001: (3, 9)}
-    assert spool.delete_dead({"target": "b"}, NOW) == {1001: (3, 9)}
-    assert spool.delete_dead({"id": "four"}, NOW) == {-1: (1, 3)}
-    assert spool.delete_dead({"id": "four"}, NOW) == {}
-    assert spool.delete_dead({"all": True}, NOW) == {-1: (2, 6)}
+    assert delete(spool, target="b") == {(1001, "b"): (3, 9)}
+    assert delete(spool, id="four") == {(-1, "a"): (1, 3)}
+    assert delete(spool, id="four") == {}
+    assert delete(spool, all=True) == {(-1, "a"): (2, 6)}
     assert spool.usage() == {}
-    assert spool.counts(NOW + 1) == Counts({}, 0, 0)
+    assert spool.counts(NOW + 1) == Counts({}, 0, {})
     assert spool.commit(transaction(keyed=[make(spool.first_seq + 60, key="five")])).new == frozenset()
     assert spool.purge(NOW + 1) == 2
 

@@ -86,12 +86,12 @@ def check_migrated(path: Path) -> None:
     spool = Spool.open(path)
     try:
         assert (spool.identity, spool.first_seq >> 40) == ("abcdefghij", 4)
-        assert spool.counts(NOW) == Counts({100: 2}, 1, 1)
+        assert spool.counts(NOW) == Counts({100: 2}, 1, {(-1, "gone"): 1})
         one, two = spool.refill_ready(100, ALL, ALL, 10, PLENTY)
         assert (one.seq, one.target, one.arguments, one.submitter) == (1, "one", b"[1]", None)
         assert (two.key, two.arguments, two.options) == ("mine", b"\xff\0" * 9000, Options())
         assert [job.target for job in spool.refill_scheduled((0.0, 0), 10, PLENTY)] == ["late"]
-        (gone,), _, _ = spool.dead({}, 0, 10, PLENTY)
+        (gone,) = spool.dead({}, 0, 10, PLENTY).jobs
         assert (gone.job.target, gone.error, gone.ended) == ("gone", ERROR, NOW)
         again = Job(spool.first_seq, "t", b"", Options(), NOW, NOW, key="known")
         assert spool.commit(transaction(keyed=[again])).new == frozenset(), "its id is still known"
@@ -142,7 +142,7 @@ def test_a_migration_that_is_interrupted_anywhere_is_begun_again(old: Path, tmp_
 
 def check_migrated_or_done(path: Path) -> None:
     spool = Spool.open(path)
-    assert spool.counts(NOW) == Counts({100: 2}, 1, 1)
+    assert spool.counts(NOW) == Counts({100: 2}, 1, {(-1, "gone"): 1})
     spool.close()
     assert path.with_name("spool.db.schema-1").exists()
 
@@ -183,7 +183,7 @@ def test_a_damaged_spool_is_put_aside_when_it_is_opened(
     damaged = path.read_bytes()
     spool = Spool.open(path)
     try:
-        assert spool.counts(NOW) == Counts({}, 0, 0)
+        assert spool.counts(NOW) == Counts({}, 0, {})
         assert spool.quarantined == 1
     finally:
         spool.close()
@@ -207,7 +207,7 @@ def test_damage_that_is_met_later_puts_the_spool_aside_at_the_next_opening(path:
             spool.refill_ready(100, ALL, ALL, 2000, PLENTY)
         spool.close()
         spool = Spool.open(path)
-        assert (spool.counts(NOW), spool.quarantined) == (Counts({}, 0, 0), number)
+        assert (spool.counts(NOW), spool.quarantined) == (Counts({}, 0, {}), number)
         spool.close()
     assert {".damaged", ".damaged-2"} <= beside(path)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from msgspec import UNSET, UnsetType
@@ -15,7 +16,7 @@ from msgspec import UNSET, UnsetType
 from workerd import clock, protocol
 from workerd.access import Access
 from workerd.answer import Answer
-from workerd.errors import Code, shown
+from workerd.errors import Code, SpoolError, shown
 from workerd.job import Job, Options
 
 if TYPE_CHECKING:
@@ -31,11 +32,14 @@ QUOTA_EXCEEDED = (
     "user {} may have no more than {} jobs with {} bytes, dead ones included ([access] user_jobs, user_bytes); "
     "try again later"
 )
-RESERVED = "the id {} is one that this daemon has yet to give to a job without an id; take another"
+OURS = "ids that begin with {} are this daemon's own, and no job that is stored has the id {}; take another"
 DRAINING = "the daemon is stopping; send the job again when it is back"
 FORBIDDEN = "user {} may not {}; whoever administers this daemon may allow it ([access])"
 MOST_VIEWS = 1024
 
+Ids = Mapping[
+    str | UnsetType, bool
+]  # such as this daemon gives since it started, and whether there is a job of that name
 Targets = dict[str, tuple[str, Options]]  # each by name: the name again, and what a job of it gets by default
 
 
@@ -92,6 +96,25 @@ class Admission:
 
     def submit(self, request: protocol.Single | protocol.Batch, reply: Reply) -> None:
         """Accept or refuse jobs; completes the reply, now or once they are safe."""
+        plain = isinstance(request, protocol.Single) and request.plain
+        if not plain and (ours := [job.id for job in request.jobs if job.id is not UNSET and self._is_ours(job.id)]):
+            self.engine.pool.loop.create_task(self._look_up(request, reply, ours))
+        else:
+            self._submit(request, reply, {})
+
+    async def _look_up(self, request: protocol.Single | protocol.Batch, reply: Reply, ours: list[str]) -> None:
+        """`submit`, where some ids are such as the daemon gives: two jobs of one name could not be told apart."""
+        try:
+            named = await self.engine.writer.call(lambda spool: spool.named(ours))
+        except Exception as error:
+            answer = Answer(self.engine, reply, batch=isinstance(request, protocol.Batch))
+            answer.refuse_all(request.jobs, Code.SPOOL_FAILED, f"it is not known whether there is such a job: {error}")
+            if not isinstance(error, SpoolError):
+                raise
+            return
+        self._submit(request, reply, {job_id: job_id in named for job_id in ours})
+
+    def _submit(self, request: protocol.Single | protocol.Batch, reply: Reply, ours: Ids) -> None:
         now = clock.now()
         batch = isinstance(request, protocol.Batch)
         answer = Answer(self.engine, reply, batch=batch)
@@ -109,14 +132,14 @@ class Admission:
             code, message = self._missing(requests[missing[0]].target, peer)
             answer.refuse_all(requests, code, f"$[{missing[0]}].target: {message}")
             return
-        if batch and (taken := [i for i, job in enumerate(requests) if self._is_reserved(job.id)]):
-            code, message = self._reserved(requests[taken[0]].id)
-            answer.refuse_all(requests, code, f"$[{taken[0]}].id: {message}")
+        if batch and (nobodys := [i for i, job in enumerate(requests) if ours.get(job.id) is False]):
+            message = self._ours(requests[nobodys[0]].id)
+            answer.refuse_all(requests, Code.BAD_REQUEST, f"$[{nobodys[0]}].id: {message}")
             return
         if isinstance(request, protocol.Single) and request.plain:
             jobs = self._plain_jobs(request.jobs[:room], answer, allowed, now)
         else:
-            jobs = self._make_jobs(requests[:room], answer, allowed, now)
+            jobs = self._make_jobs(requests[:room], answer, allowed, now, ours)
         if room < len(requests):
             answer.refuse_rest(requests[room:], *refusal)
         if jobs:
@@ -158,7 +181,7 @@ class Admission:
                 jobs.append(Job(seq, name, b"" + request.arguments, options, now, now, submitter))
                 seq += 1
         except KeyError:
-            return self._make_jobs([request.in_full() for request in requests], answer, allowed, now)
+            return self._make_jobs([request.in_full() for request in requests], answer, allowed, now, {})
         wanted = [request.reply for request in requests].count("result")
         if wanted:
             answer.reply.session.await_result(wanted)
@@ -170,7 +193,7 @@ class Admission:
         return jobs
 
     def _make_jobs(
-        self, requests: list[protocol.JobRequest], answer: Answer, allowed: Targets, now: float
+        self, requests: list[protocol.JobRequest], answer: Answer, allowed: Targets, now: float, ours: Ids
     ) -> list[Job]:
         """Jobs that may be queued at once; those that must be stored before are in `answer.keyed`."""
         engine = self.engine
@@ -178,10 +201,15 @@ class Admission:
         jobs: list[Job] = []
         for request in requests:
             target = allowed.get(request.target)
-            if target is None or self._is_reserved(request.id):
-                why = self._missing(request.target, peer) if target is None else self._reserved(request.id)
+            known = ours.get(request.id)
+            if target is None or known is False:
+                nobodys = (Code.BAD_REQUEST, self._ours(request.id))
+                why = self._missing(request.target, peer) if target is None else nobodys
                 engine.metrics.rejected(why[0], 1)
                 answer.refuse(protocol.refusal(*why, None if request.id is UNSET else request.id))
+                continue
+            if known and request.id is not UNSET:
+                answer.add_duplicate(request.id)
                 continue
             name, options = target
             if request.has_options():
@@ -200,17 +228,14 @@ class Admission:
             answer.add(job)
         return jobs
 
-    def _is_reserved(self, key: str | UnsetType) -> bool:
-        """Whether a later job will have this name: two jobs of one name could not be told apart."""
-        engine = self.engine
-        if key is UNSET or not key.startswith(engine.prefix):
-            return False
-        seq = engine.writer.spool.seq_of(key)
-        return seq is not None and seq >= engine.next_seq
+    def _is_ours(self, key: str) -> bool:
+        """Whether it is an id that the daemon itself has given, or may yet give, since it started."""
+        spool = self.engine.writer.spool
+        return key.startswith(self.engine.prefix) and (spool.seq_of(key) or 0) >= spool.first_seq
 
-    def _reserved(self, key: str | UnsetType) -> tuple[Code, str]:
+    def _ours(self, key: str | UnsetType) -> str:
         """Why the job may not have that id."""
-        return Code.BAD_REQUEST, RESERVED.format(shown(key))
+        return OURS.format(shown(self.engine.prefix), shown(key))
 
     def _missing(self, target: str, peer: Peer) -> tuple[Code, str]:
         """Why the peer may submit no job of the target."""

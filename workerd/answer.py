@@ -57,7 +57,7 @@ class Answer:
         self.batch = batch
         self.entries: list[Job | bytes] = []
         self.keyed: list[Job] = []
-        self.refusals = 0
+        self.told = 0  # lines whose answer is known already
 
     def add(self, job: Job) -> None:
         """The next line is a job."""
@@ -68,7 +68,12 @@ class Answer:
     def refuse(self, line: bytes) -> None:
         """The next line is answered with this error."""
         self.entries.append(line)
-        self.refusals += 1
+        self.told += 1
+
+    def add_duplicate(self, key: str) -> None:
+        """The next line is a job that is there already."""
+        self.entries.append(_status(key, "duplicate"))
+        self.told += 1
 
     def refuse_all(self, requests: list[protocol.JobRequest], code: Code, message: str) -> None:
         """No job of these is accepted."""
@@ -97,7 +102,7 @@ class Answer:
     def accept(self, new: frozenset[int] | set[int]) -> None:
         """Send the acknowledgements; a job with a client's id that is not in `new` is a duplicate."""
         between = b"," if self.batch else b"\n"
-        if self.keyed or self.refusals:
+        if self.keyed or self.told:
             data = between.join([self._line(entry, new) for entry in self.entries])
             jobs = [entry for entry in self.entries if isinstance(entry, Job)]
             self._count([job for job in jobs if job.key is None or job.seq in new])
@@ -112,8 +117,7 @@ class Answer:
             return entry.rstrip()
         if entry.key is None:
             return accepted(self.engine.prefix, entry.seq, 1, b"")
-        status = "accepted" if entry.seq in new else "duplicate"
-        return f'{{"id":{protocol.quoted(entry.key)},"status":"{status}"}}'.encode()
+        return _status(entry.key, "accepted" if entry.seq in new else "duplicate")
 
     def _count(self, jobs: list[Job]) -> None:
         targets = [job.target for job in jobs]
@@ -154,3 +158,7 @@ class Answer:
         if job.waiter is not None:
             job.waiter = None
             self.reply.session.await_result(-1)
+
+
+def _status(key: str, status: str) -> bytes:
+    return f'{{"id":{protocol.quoted(key)},"status":"{status}"}}'.encode()

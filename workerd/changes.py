@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 Stored = dict[int, tuple[int, int]]  # by user: jobs, and bytes of their arguments
+Dead = dict[tuple[int, str], int]  # by user (-1: unknown) and target: jobs
 Burial = tuple[Job, bytes, float]  # a job, the error (JSON) that it died of, and when
 ROW_BYTES = 128  # what a change costs beyond arguments and error, more or less
 
@@ -178,8 +179,10 @@ class Committed(msgspec.Struct, frozen=True):
 
 
 class Counts(msgspec.Struct, frozen=True):
-    """What the spool holds: ready jobs of each priority, and of those that were delayed the due, scheduled and dead."""
+    """What the spool holds: jobs of each priority that are ready (or were delayed, and are due), scheduled ones, dead
+    ones of each user and target.
+    """
 
     ready: dict[int, int]
     scheduled: int
-    dead: int
+    dead: Dead

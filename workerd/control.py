@@ -1,17 +1,16 @@
-"""The commands of the socket: ping, status, targets, dead, and `false`."""
+"""The commands of the socket: ping, status, targets, `false`; `dead` is the business of `deadjobs`."""
 
 from __future__ import annotations
 
-import asyncio
 import os
 import time
-from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
-from msgspec import UNSET, structs
+from msgspec import UNSET
 
-from workerd import __version__, clock, protocol
-from workerd.errors import Code, SpoolError, shown
+from workerd import __version__, protocol
+from workerd.deadjobs import DeadJobs
+from workerd.errors import Code
 from workerd.process import Phase
 
 if TYPE_CHECKING:
@@ -22,17 +21,16 @@ if TYPE_CHECKING:
     from workerd.config import Config
     from workerd.engine import Engine
     from workerd.process import WorkerProcess
-    from workerd.rows import DeadJob
+    from workerd.reader import Reader
     from workerd.session import Reply
-
-PAGE_BYTES = 4 * 2**20  # of arguments and errors, after which a page of dead jobs ends
-REVIVE_JOBS = 50_000  # dead jobs that are made ready again in one transaction
 
 
 class Control:
     """Answers commands. `state` says what the daemon is doing, `metrics_address` where it is scraped."""
 
-    def __init__(self, engine: Engine, admission: Admission, config: Config, state: Callable[[], str]) -> None:
+    def __init__(
+        self, engine: Engine, admission: Admission, reader: Reader, config: Config, state: Callable[[], str]
+    ) -> None:
         self.engine = engine
         self.admission = admission
         self.config = config
@@ -40,11 +38,7 @@ class Control:
         self.metrics_address: str | None = None
         self._state = state
         self._began = time.monotonic()
-        self._reviving = asyncio.Lock()
-        self._turn = asyncio.Lock()  # one command for the spool at a time: between two of them jobs are stored
-        self._turns: defaultdict[int, asyncio.Lock] = defaultdict(
-            asyncio.Lock
-        )  # ... and, by uid, one of each user waits
+        self._dead = DeadJobs(engine, admission, reader)
 
     def handle(self, request: protocol.Request, reply: Reply) -> None:
         """Answer any request; jobs are admitted or refused."""
@@ -58,7 +52,7 @@ class Control:
                 reply.complete(answer("retire", {"wanted": self.engine.pool.retire_one()}))
         elif isinstance(request, protocol.Dead):
             if request.action == "list" or self._administers(reply, f"{request.action} dead jobs", request.id):
-                self.engine.pool.loop.create_task(self._dead(request, reply))
+                self.engine.pool.loop.create_task(self._dead.answer(request, reply))
         else:
             request_id = None if request.id is UNSET else request.id
             peer = reply.session.peer
@@ -96,7 +90,7 @@ class Control:
             "ready": queue.backlog.ready_count() + max(0, queue.held - running),
             "scheduled": queue.backlog.scheduled_count(),
             "running": running,
-            "dead": self.engine.dead,
+            "dead": self.engine.dead.total(),
         }
 
     def status(self, peer: Peer) -> dict[str, Any]:
@@ -142,98 +136,6 @@ class Control:
             "target": job.target if job else None,
             "running_for": running[2] if running else None,
         }
-
-    # --- dead jobs ----------------------------------------------------------------------------------------
-
-    async def _dead(self, request: protocol.Dead, reply: Reply) -> None:
-        actions = {"list": self._list_dead, "retry": self._retry_dead, "delete": self._delete_dead}
-        peer = reply.session.peer
-        try:
-            async with self._turns[peer.uid], self._turn:
-                if reply.session.gone():
-                    return
-                result = await actions[request.action](request, peer)
-        except Exception as error:
-            reply.complete(protocol.refusal(Code.SPOOL_FAILED, str(error)))  # a client must not wait for ever
-            if not isinstance(error, SpoolError):
-                raise
-            return
-        if result is None:
-            message = f"no dead job has the id {shown(request.id)}; `workerd dead` lists them"
-            reply.complete(protocol.refusal(Code.NOT_FOUND, message, request.id))
-        else:
-            reply.complete(answer("dead", result))
-
-    async def _list_dead(self, request: protocol.Dead, peer: Peer) -> dict[str, Any] | None:
-        selection = structs.asdict(request)
-        if not self.admission.access.may_administer(peer):
-            selection["uid"] = peer.uid  # what others gave their jobs is no business of this one's
-        jobs, total, more = await self.engine.writer.call(
-            lambda spool: spool.dead(selection, request.after, request.limit, PAGE_BYTES)
-        )
-        if request.id is not None and not jobs:
-            return None
-        return {
-            "jobs": [self._dead_job(dead) for dead in jobs],
-            "next": jobs[-1].job.seq if more else None,
-            "total": total,
-        }
-
-    def _dead_job(self, dead: DeadJob) -> dict[str, Any]:
-        job = dead.job
-        return {
-            "id": self.engine.job_id(job.seq, job.key),
-            "target": job.target,
-            "arguments": protocol.as_raw(job.arguments),
-            "uid": job.submitter and job.submitter.uid,
-            "pid": job.submitter and job.submitter.pid,
-            "submitted": clock.as_set(job.submitted),
-            "ended": clock.as_set(dead.ended),
-            "attempts": job.attempts,
-            "crashes": job.crashes,
-            "error": protocol.as_raw(dead.error or b"null"),
-        }
-
-    async def _retry_dead(self, request: protocol.Dead, _peer: Peer) -> dict[str, Any] | None:
-        engine, selection = self.engine, structs.asdict(request)
-        total = 0
-        while True:
-            async with self._reviving:
-                count = await self._revive(selection, min(engine.dead, REVIVE_JOBS))
-            total += count
-            if count < REVIVE_JOBS:
-                return {"retried": total} if total or request.id is None else None
-
-    async def _revive(self, selection: dict[str, Any], limit: int) -> int:
-        # revived jobs join the end of their lines, so they need new places in the order
-        if not limit:
-            return 0
-        engine, now = self.engine, clock.now()
-        first = engine.next_seq
-        engine.next_seq += limit
-        queue = engine.queue
-        ready: dict[int, int] = {}
-        queue.backlog.freeze((now, first))
-        try:
-            ready = await engine.writer.call(lambda spool: spool.revive(selection, first, limit=limit, now=now))
-        finally:
-            queue.revived(ready)
-            engine.settled()
-        count = sum(ready.values())
-        engine.dead -= count
-        return count
-
-    async def _delete_dead(self, request: protocol.Dead, _peer: Peer) -> dict[str, Any] | None:
-        now = clock.now()
-        selection = structs.asdict(request)
-        deleted = await self.engine.writer.call(lambda spool: spool.delete_dead(selection, now))
-        if (quotas := self.engine.queue.quotas) is not None:
-            quotas.unload(deleted)
-        count = sum(jobs for jobs, _ in deleted.values())
-        if request.id is not None and not count:
-            return None
-        self.engine.dead -= count
-        return {"deleted": count}
 
 
 def worker_state(process: WorkerProcess) -> str:

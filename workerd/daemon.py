@@ -19,12 +19,14 @@ import uvloop
 from workerd import __version__, clock, config, forkserver, log, metrics, notify, scrape, worker
 from workerd.admission import Admission
 from workerd.control import Control
+from workerd.deadcounts import DeadCounts
 from workerd.engine import Engine
 from workerd.errors import ConfigError, Exit, SpoolError, WorkerdError
 from workerd.feeder import Feeder
 from workerd.pool import Pool
 from workerd.queue import JobQueue
 from workerd.quotas import Quotas
+from workerd.reader import Reader
 from workerd.recovery import open_spool
 from workerd.reporter import Reporter
 from workerd.socketfile import SocketFile
@@ -137,8 +139,11 @@ class Daemon:
         self.writer = Writer(spool, self.reporter.committed, durable=path is not None)
         self.writer.on_failure = self._fail
         self._exits.push_async_callback(self.writer.close)
-        self.engine = Engine(queue, self.writer, self.metrics)
-        self.engine.dead = dead
+        counts = DeadCounts(dead)
+        self.reader = Reader(self.writer, counts)
+        self.reader.on_failure = self._fail
+        self._exits.push_async_callback(self.reader.close)
+        self.engine = Engine(queue, self.writer, self.metrics, counts)
         self.engine.on_change = self.reporter.touch
         self.pool = self.engine.pool = Pool(queue, claims, self.engine)
         self.writer.patience = self.pool.dispatcher.patience
@@ -149,7 +154,7 @@ class Daemon:
         self._exits.push_async_callback(self.pool.close)
         self.admission = Admission(self.engine)
         self.feeder.on_refusal = self.admission.no_connection
-        self.control = Control(self.engine, self.admission, settings, lambda: self.reporter.state)
+        self.control = Control(self.engine, self.admission, self.reader, settings, lambda: self.reporter.state)
         self.reporter.control = self.control
         generation = await self._load(settings)
         self._use(settings, generation)

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from workerd.backlog import Refill
+    from workerd.changes import Dead
+    from workerd.deadcounts import DeadCounts
     from workerd.metrics import Metrics
     from workerd.pool import Pool
     from workerd.queue import JobQueue
@@ -39,7 +41,7 @@ SPOILED = {"event": "job_dead"}
 class Engine:
     """Implements the pool's Observer."""
 
-    def __init__(self, queue: JobQueue, writer: Writer, metrics: Metrics) -> None:
+    def __init__(self, queue: JobQueue, writer: Writer, metrics: Metrics, dead: DeadCounts) -> None:
         self.queue = queue
         self.writer = writer
         self.metrics = metrics
@@ -47,7 +49,8 @@ class Engine:
         self.next_seq = writer.spool.first_seq
         self.waiters: dict[int, Reply] = {}  # by seq: who waits for a job that is only in the spool at present
         self._most_waiters = FEW_WAITERS
-        self.dead = 0
+        self.dead = dead
+        self._refills: set[asyncio.Task[None]] = set()  # that are under way
         self.ended = False  # jobs have, since the writer last looked for those that nobody need wait for any more
         self.pool: Pool
         self.on_change: Callable[[], None] = lambda: None
@@ -131,7 +134,7 @@ class Engine:
 
     def bury(self, job: Job, details: dict[str, str]) -> None:
         """A job is dead: keep it with its error, and tell who waits for it."""
-        self.dead += 1
+        self.dead.bury(job)
         self.metrics.finished(job.target, details["reason"], 1)
         self.writer.changes.bury(job, msgspec.json.encode(details), clock.now())
         fields = {
@@ -191,7 +194,14 @@ class Engine:
             writer.wake(at_once=not queue.quick())
         self.on_change()
         while (refill := queue.backlog.wanted(clock.now())) is not None:
-            self.pool.loop.create_task(self._refill(refill))
+            reading = self.pool.loop.create_task(self._refill(refill))
+            self._refills.add(reading)
+            reading.add_done_callback(self._refills.discard)
+
+    async def refilled(self) -> None:
+        """What is being read of the backlog has been taken in."""
+        if self._refills:
+            await asyncio.wait(self._refills)
 
     def _keep_waiters(self, spilled: list[Job]) -> None:
         """Remember who waits for these. Who has gone away is forgotten, or millions of jobs would cost memory still."""
@@ -201,13 +211,12 @@ class Engine:
             self._most_waiters = max(FEW_WAITERS, 2 * len(self.waiters))
 
     async def _refill(self, refill: Refill) -> None:
-        def read(spool: Spool) -> tuple[list[Job], int]:
-            spool.spoiled = 0
+        def read(spool: Spool) -> tuple[list[Job], Dead]:
             if refill.priority is None:
                 jobs = spool.refill_scheduled(refill.after, refill.limit, REFILL_BYTES)
             else:
                 jobs = spool.refill_ready(refill.priority, refill.after, refill.until, refill.limit, REFILL_BYTES)
-            return jobs, spool.spoiled
+            return jobs, spool.take_spoiled()
 
         try:
             jobs, spoiled = await self.writer.call(read)
@@ -218,9 +227,10 @@ class Engine:
             self.settled()
             return
         if spoiled:
-            log.error("%d jobs are dead, since what the spool has of them makes no sense", spoiled, extra=SPOILED)
-            self.dead += spoiled
-            self.queue.spoiled(refill, spoiled)
+            count = sum(spoiled.values())
+            log.error("%d jobs are dead, since what the spool has of them makes no sense", count, extra=SPOILED)
+            self.dead.add(spoiled)
+            self.queue.spoiled(refill, count)
         for job in self.queue.backlog.refilled(refill, jobs):
             if self.waiters and (waiter := self.waiters.pop(job.seq, None)) is not None:
                 job.waiter = waiter

@@ -43,14 +43,14 @@ class Quotas:
     def add(self, jobs: Iterable[Job]) -> None:
         """These are queued."""
         for job in jobs:
-            usage = self.users.setdefault(_owner(job), Usage())
+            usage = self.users.setdefault(owner(job), Usage())
             usage.jobs += 1
             usage.bytes += len(job.arguments)
 
     def remove(self, jobs: Iterable[Job]) -> None:
         """These have succeeded, or are withdrawn."""
         for job in jobs:
-            self._take(_owner(job), 1, len(job.arguments))
+            self._take(owner(job), 1, len(job.arguments))
 
     def load(self, stored: Stored) -> None:
         """These are in the spool already."""
@@ -74,5 +74,6 @@ class Quotas:
             del self.users[uid]
 
 
-def _owner(job: Job) -> int:
+def owner(job: Job) -> int:
+    """The user that a job is counted under."""
     return job.submitter.uid if job.submitter else UNKNOWN

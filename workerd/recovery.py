@@ -16,6 +16,7 @@ from workerd.spoolfile import CLAIMS, beside
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from workerd.changes import Dead
     from workerd.queue import JobQueue
 
 logger = logging.getLogger("workerd")
@@ -26,8 +27,8 @@ DAEMON_KILLED = (
 )
 
 
-def open_spool(path: Path | None, queue: JobQueue) -> tuple[Spool, Claims, int]:
-    """The spool and the claims beside it, recovered, and the number of dead jobs.
+def open_spool(path: Path | None, queue: JobQueue) -> tuple[Spool, Claims, Dead]:
+    """The spool and the claims beside it, recovered, and how many dead jobs there are.
 
     Blocks; raises SpoolError and OSError.
     """
@@ -44,10 +45,10 @@ def open_spool(path: Path | None, queue: JobQueue) -> tuple[Spool, Claims, int]:
     raise AssertionError
 
 
-def recover(spool: Spool, claims: Claims, queue: JobQueue) -> int:
+def recover(spool: Spool, claims: Claims, queue: JobQueue) -> Dead:
     """Settle what an earlier daemon left: charge the jobs that its death interrupted, count the rest.
 
-    Returns the number of dead jobs. Blocks; raises SpoolError.
+    Returns how many are dead. Blocks; raises SpoolError.
     """
     clock.go_on_from(spool.latest)
     interrupted = claims.interrupted()

@@ -12,7 +12,7 @@ from __future__ import annotations
 import sqlite3
 from functools import lru_cache
 from itertools import accumulate, chain
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from workerd.changes import Burial, Snapshot
 
+LAST_SEQ = 2**63 - 1
 CHUNK = 8 * 2**20  # bytes in one statement, more or less
 
 # Times of this century, as floats, are whole numbers of this many ticks a second, so nothing is lost: SQLite
@@ -104,7 +105,15 @@ SELECT json_group_array(json_array(seq, size)) FROM (
 PEEK_SCHEDULED = f"{PEEK.format(more='')} WHERE state = 1 AND (ready_at, seq) > (?, ?) ORDER BY ready_at, seq LIMIT ?)"
 PEEK_DEAD = f"""
 {PEEK.format(more=" + coalesce(length(error), 0)")}
-WHERE state = 4 AND seq > :after AND {{chosen}} ORDER BY seq LIMIT :limit)
+WHERE state = 4 AND seq > :after AND seq <= :upto AND {{chosen}} ORDER BY seq LIMIT :limit)
+"""
+# The dead of each user and target; as BLOB, because the text may be none.
+COUNT_DEAD = f"""
+SELECT coalesce(uid, {NOBODY}), CAST(target AS BLOB), count(*) FROM jobs WHERE state = 4 GROUP BY uid, target
+"""
+USAGE_DEAD = f"""
+SELECT coalesce(uid, {NOBODY}), CAST(target AS BLOB), count(*), coalesce(sum(length(arguments)), 0) FROM jobs
+WHERE seq {LISTED} GROUP BY uid, target
 """
 # A job that the daemon had named is given that name as its key, unless a client has taken it.
 REVIVE = """
@@ -114,9 +123,13 @@ FROM (
     SELECT seq AS old, :first + row_number() OVER (ORDER BY seq) - 1 AS seq, coalesce(key, (
         SELECT name FROM (SELECT :prefix || printf('%x', d.seq) AS name)
         WHERE NOT EXISTS (SELECT 1 FROM jobs o WHERE o.key = name)
-    )) AS key FROM jobs d WHERE state = 4 AND {chosen} ORDER BY d.seq LIMIT :limit
+    )) AS key FROM jobs d WHERE seq IN (SELECT value FROM json_each(:seqs)) ORDER BY d.seq
 ) n WHERE jobs.seq = n.old
 """
+DELETE_DEAD = (
+    f"DELETE FROM jobs WHERE key IS NULL AND seq {LISTED}",
+    f"UPDATE jobs SET state = 3, ended = :now, arguments = NULL, error = NULL WHERE key IS NOT NULL AND seq {LISTED}",
+)
 
 
 # What reading a row raises in which a byte is wrong that SQLite knows nothing of. (Python's own complaint, that text is
@@ -136,6 +149,8 @@ SPOIL = (
     f"INSERT INTO spoiled SELECT * FROM jobs WHERE seq {LISTED}",
     f"""
 UPDATE jobs SET state = 4, key = NULL, target = 'unreadable', options = '[]', submitted = :now, ready_at = :now,
+    uid = iif(typeof(uid) = 'integer' AND uid BETWEEN 0 AND 4294967295, uid, NULL),
+    pid = iif(typeof(pid) = 'integer' AND pid BETWEEN 0 AND 4294967295, pid, NULL),
     attempts = 0, crashes = 0, ended = :now, arguments = CAST('null' AS BLOB),
     error = CAST('{{"reason":"crashed","type":"DamagedSpoolError","message":"what the spool has of this job makes '
     || 'no sense; its row is in the table spoiled","traceback":""}}' AS BLOB)
@@ -150,6 +165,53 @@ class DeadJob(msgspec.Struct, frozen=True):
     job: Job
     error: bytes
     ended: float
+
+
+class DeadPage(msgspec.Struct, frozen=True):
+    """Some dead jobs, in the order of their seqs, and whether more follow."""
+
+    jobs: list[DeadJob]
+    more: bool
+
+
+def chosen(selection: Mapping[str, Any], seq: int | None) -> tuple[str, dict[str, Any]]:
+    """A condition, and values bound to it, of: the job with the `id`, else those of the `target`, else all there are;
+    of `uid`, if given, only those. `seq` is the one in the id, if the daemon gave it.
+    """
+    condition, values = "true", {}
+    if (job_id := selection.get("id")) is not None:
+        named = "SELECT seq FROM jobs WHERE key = :id UNION ALL SELECT seq FROM jobs WHERE seq = :seq AND key IS NULL"
+        condition, values = f"seq IN ({named})", {"id": job_id, "seq": seq}
+    elif (target := selection.get("target")) is not None:
+        condition, values = "target = :target", {"target": target}
+    if (uid := selection.get("uid")) is not None:
+        condition, values = f"{condition} AND uid = :uid", values | {"uid": uid}
+    return condition, values
+
+
+def peek_dead(
+    db: sqlite3.Connection, where: tuple[str, dict[str, Any]], within: tuple[int, int], limit: int, max_bytes: int
+) -> tuple[list[int], bool]:
+    """The first seqs of dead jobs that are `chosen`, above the one and up to the other of `within`, and whether more
+    follow. The last is the one whose arguments and error pass `max_bytes`, if one does.
+    """
+    condition, values = where
+    after, upto = within
+    values = values | {"after": after, "upto": upto, "limit": limit + 1}
+    found = db.execute(PEEK_DEAD.format(chosen=condition), values).fetchone()[0]
+    sizes = msgspec.json.decode(found, type=list[tuple[int, int]])
+    seqs = fitting(sizes, max_bytes)[:limit]
+    return seqs, len(seqs) < len(sizes)
+
+
+def load(db: sqlite3.Connection, seqs: Sequence[int]) -> list[DeadJob]:
+    """The jobs with these seqs, in this order; raises one of UNREADABLE."""
+    return unpacked(db.execute(LOAD, {"seqs": as_json(seqs)}).fetchone(), seqs)
+
+
+def dead_of(uid: object, target: bytes) -> tuple[int, str]:
+    """What a dead job is counted under, whatever its row says."""
+    return uid if isinstance(uid, int) else NOBODY, target.decode(errors="replace")
 
 
 def fitting(sizes: Sequence[tuple[int, int]], max_bytes: int) -> list[int]:

@@ -1,7 +1,7 @@
 """The spool: every accepted job that has not ended, the dead ones, and the ids that clients gave, in SQLite.
 
-Methods block and are called from one thread; `size`, `seq_of`, `identity` and `first_seq` may be used on any. All
-raise SpoolError, after which nothing of the call has happened and the next may be tried. No policy is decided here.
+Methods block and are called from one thread; `size`, `seq_of`, `identity`, `first_seq` and `view` may be used on any.
+All raise SpoolError, after which nothing of the call has happened and the next may be tried. No policy is decided here.
 """
 # ruff: noqa: S608 - statements are made of constants, and values bound to them
 
@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from workerd import clock, rows, upkeep
-from workerd.changes import Committed, Counts, Snapshot, Stored, Transaction
-from workerd.errors import DamagedSpoolError, SpoolError
-from workerd.rows import DeadJob, as_json, packed, unpacked
-from workerd.spoolfile import begin, connect, explained, lock, sync_folder
+from workerd.changes import Committed, Counts, Dead, Snapshot, Stored, Transaction
+from workerd.errors import SpoolError
+from workerd.rows import LAST_SEQ, DeadJob, DeadPage, as_json, packed
+from workerd.spoolfile import begin, connect, lock, sync_folder
+from workerd.view import View, explaining
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -30,7 +31,43 @@ if TYPE_CHECKING:
 
 EPOCH_BITS = 40  # the seqs of one opening
 PURGE_ROWS = 10_000
+PIECE_JOBS = 500  # dead jobs that one call revives or deletes, so that those of others are stored meanwhile
+PIECE_BYTES = 4 * 2**20  # ... with arguments and errors of so many bytes
 VACUUM_PAGES = 4096
+
+
+class Piece(msgspec.Struct, frozen=True):
+    """Dead jobs that one call has dealt with: their seqs; by user and target how many, and bytes of their arguments;
+    whether more follow.
+    """
+
+    seqs: list[int]
+    usage: dict[tuple[int, str], tuple[int, int]]
+    more: bool
+
+    @property
+    def last(self) -> int:
+        """The seq of the last; 0 where there is none."""
+        return self.seqs[-1] if self.seqs else 0
+
+    def jobs(self) -> Dead:
+        """How many, by user and target."""
+        return {key: jobs for key, (jobs, _) in self.usage.items()}
+
+    def by_user(self) -> Stored:
+        """How many, and how many bytes, by user."""
+        stored: Stored = {}
+        for (uid, _), (jobs, size) in self.usage.items():
+            before, bytes_before = stored.get(uid, (0, 0))
+            stored[uid] = (before + jobs, bytes_before + size)
+        return stored
+
+
+class Revived(msgspec.Struct, frozen=True):
+    """A piece that is ready again, and how many that are of each priority."""
+
+    piece: Piece
+    ready: dict[int, int]
 
 
 class Spool:
@@ -44,7 +81,7 @@ class Spool:
         self.identity: str = meta["identity"]
         self.latest: float = meta["latest"]  # when the newest jobs that were there at first had come, or ended
         self.first_seq: int = (meta["epoch"] << EPOCH_BITS) + 1
-        self.spoiled = 0  # jobs whose rows made no sense when they were read, since the owner last looked
+        self._spoiled: Counter[tuple[int, str]] = Counter()  # see take_spoiled
         self.quarantined = upkeep.quarantined(path) if path else 0  # damaged spools that lie beside this one
 
     @classmethod
@@ -142,7 +179,7 @@ class Spool:
             return Counts(
                 ready=dict(ready),
                 scheduled=self._one("SELECT count(*) FROM jobs WHERE state = 1 AND ready_at >= ?", (now,)),
-                dead=self._one("SELECT count(*) FROM jobs WHERE state = 4"),
+                dead={rows.dead_of(uid, target): n for uid, target, n in self._db.execute(rows.COUNT_DEAD).fetchall()},
             )
 
     def waiting(self) -> int:
@@ -155,7 +192,8 @@ class Spool:
     def usage(self) -> Stored:
         """Jobs that wait or are dead, and the bytes of their arguments, by user (-1: unknown)."""
         with self._reading():
-            return self._usage("state IN (0, 1, 4)", {})
+            found = self._db.execute(rows.USAGE.format(chosen="state IN (0, 1, 4)")).fetchall()
+            return {uid: (jobs, size) for uid, jobs, size in found}
 
     def refill_ready(self, priority: int, after: Place, until: Place, limit: int, max_bytes: int) -> list[Job]:
         """The next jobs of a line in its order; the last is the one whose arguments pass `max_bytes`, if one does.
@@ -181,46 +219,60 @@ class Spool:
             return [dead.job for dead in self._load(seqs)]
 
     # --- dead jobs ----------------------------------------------------------------------------------------
-    # A selection is a mapping: of `id`, else `target`, else all there are; of `uid`, if given, only those.
+    # A selection is a mapping: see rows.chosen.
 
-    def dead(
-        self, selection: Mapping[str, Any], after_seq: int, limit: int, max_bytes: int
-    ) -> tuple[list[DeadJob], int, bool]:
-        """A page of the dead jobs by seq, how many there are in all, and whether more follow.
+    def view(self) -> View | None:
+        """A second connection, to read dead jobs on another thread; None where the spool is in memory."""
+        return View(self._path, self.seq_of) if self._path else None
 
-        The last of a page is the one whose arguments and error pass `max_bytes`, if one does.
-        """
-        chosen, values = self._chosen(selection)
+    def dead(self, selection: Mapping[str, Any], after_seq: int, limit: int, max_bytes: int) -> DeadPage:
+        """A page of dead jobs by seq; the last is the one whose arguments and error pass `max_bytes`, if one does."""
         with self._reading():
-            sizes = self._peek(rows.PEEK_DEAD.format(chosen=chosen), values | {"after": after_seq, "limit": limit + 1})
-            page = rows.fitting(sizes, max_bytes)[:limit]
-            total = self._one(f"SELECT count(*) FROM jobs WHERE state = 4 AND {chosen}", values)
-            return self._load(page), total, len(page) < len(sizes)
+            where = self._chosen(selection)
+            seqs, more = rows.peek_dead(self._db, where, (after_seq, LAST_SEQ), limit, max_bytes)
+            jobs = self._load(seqs)
+            return DeadPage(jobs if len(jobs) == len(seqs) else rows.load(self._db, seqs), more)  # all can be read now
 
-    def revive(
-        self, selection: Mapping[str, Any], first: int, *, limit: int = -1, now: float | None = None
-    ) -> dict[int, int]:
-        """Make dead jobs ready, `limit` at most, with seqs from `first` on in their old order; ids stay.
+    def revive(self, selection: Mapping[str, Any], within: tuple[int, int], first: int, now: float | None) -> Revived:
+        """Make a piece of the dead jobs ready, of those above the one seq and up to the other, in their old order, with
+        seqs from `first` on, `PIECE_JOBS` at most; ids stay.
 
-        All start anew: no attempts, no crashes, ready since `now`. Returns how many there are of each priority.
+        All start anew: no attempts, no crashes, ready since `now`.
         """
-        chosen, values = self._chosen(selection)
-        values |= {"first": first, "limit": limit, "now": now, "prefix": f"{self.identity}-"}
         with self._transaction():
-            values["last"] = first + self._db.execute(rows.REVIVE.format(chosen=chosen), values).rowcount - 1
-            counted = "SELECT priority, count(*) FROM jobs WHERE seq BETWEEN :first AND :last GROUP BY priority"
-            return dict(self._db.execute(counted, values).fetchall())
+            piece = self._piece(selection, within)
+            values = {"seqs": as_json(piece.seqs), "first": first, "now": now, "prefix": f"{self.identity}-"}
+            self._db.execute(rows.REVIVE, values)
+            counted = "SELECT priority, count(*) FROM jobs WHERE seq BETWEEN ? AND ? GROUP BY priority"
+            ready = dict(self._db.execute(counted, (first, first + len(piece.seqs) - 1)).fetchall())
+        return Revived(piece, ready)
 
-    def delete_dead(self, selection: Mapping[str, Any], now: float) -> Stored:
-        """Delete dead jobs; an id that a client gave stays known. Returns how many, and their bytes, by user."""
-        chosen, values = self._chosen(selection)
-        values["now"] = now
-        kept = "UPDATE jobs SET state = 3, ended = :now, arguments = NULL, error = NULL"
+    def delete_dead(self, selection: Mapping[str, Any], within: tuple[int, int], now: float) -> Piece:
+        """Delete a piece of the dead jobs, of those above the one seq and up to the other; an id that a client gave
+        stays known.
+        """
         with self._transaction():
-            deleted = self._usage(f"state = 4 AND {chosen}", values)
-            self._db.execute(f"DELETE FROM jobs WHERE state = 4 AND key IS NULL AND {chosen}", values)
-            self._db.execute(f"{kept} WHERE state = 4 AND {chosen}", values)
-        return deleted
+            piece = self._piece(selection, within)
+            for statement in rows.DELETE_DEAD:
+                self._db.execute(statement, {"seqs": as_json(piece.seqs), "now": now})
+        return piece
+
+    def take_spoiled(self) -> Dead:
+        """How many more dead jobs there are of each kind, or fewer, because of rows that made no sense when they were
+        read, since this was last called.
+        """
+        spoiled, self._spoiled = self._spoiled, Counter()
+        return spoiled
+
+    def named(self, ids: Sequence[str]) -> set[str]:
+        """Those of the ids that there is a job of, or the memory of one."""
+        seqs = {seq: job_id for job_id in ids if (seq := self.seq_of(job_id)) is not None}
+        with self._reading():
+            keys = self._db.execute(f"SELECT key FROM jobs WHERE key {rows.LISTED}", {"seqs": as_json(ids)}).fetchall()
+            own = self._seqs(
+                f"SELECT seq FROM jobs WHERE key IS NULL AND seq {rows.LISTED}", {"seqs": as_json([*seqs])}
+            )
+        return {key for (key,) in keys} | {seqs[seq] for seq in own}
 
     def purge(self, before: float) -> int:
         """Forget ids of jobs that ended earlier, so many at a time; returns how many: call again until 0."""
@@ -237,15 +289,14 @@ class Spool:
     # --- inside -------------------------------------------------------------------------------------------
 
     def _is_named(self, key: str) -> bool:
-        """Whether there is a job that the daemon itself has given this name; in this opening it need not be stored."""
+        """Whether there is a job that the daemon itself has given this name."""
         seq = self.seq_of(key) if key.startswith(self.identity) else None
-        if seq is None or seq >= self.first_seq:
-            return seq is not None
-        return bool(self._one("SELECT count(*) FROM jobs WHERE seq = ? AND key IS NULL", (seq,)))
+        return seq is not None and bool(self._one("SELECT count(*) FROM jobs WHERE seq = ? AND key IS NULL", (seq,)))
 
-    def _usage(self, chosen: str, values: Mapping[str, Any]) -> Stored:
-        found = self._db.execute(rows.USAGE.format(chosen=chosen), values).fetchall()
-        return {uid: (jobs, size) for uid, jobs, size in found}
+    def _piece(self, selection: Mapping[str, Any], within: tuple[int, int]) -> Piece:
+        seqs, more = rows.peek_dead(self._db, self._chosen(selection), within, PIECE_JOBS, PIECE_BYTES)
+        found = self._db.execute(rows.USAGE_DEAD, {"seqs": as_json(seqs)}).fetchall()
+        return Piece(seqs, {rows.dead_of(uid, target): (jobs, size) for uid, target, jobs, size in found}, more)
 
     def _one(self, sql: str, values: Any = ()) -> Any:
         return self._db.execute(sql, values).fetchone()[0]
@@ -266,47 +317,41 @@ class Spool:
     def _load(self, seqs: Sequence[int]) -> list[DeadJob]:
         """The jobs in this order, but for those whose rows make no sense: they are dead from now on."""
         try:
-            return self._unpacked(seqs)
+            return rows.load(self._db, seqs)
         except rows.UNREADABLE as error:
             if not rows.is_rotten(error):
                 raise
         spoiled = [seq for seq in seqs if not self._makes_sense(seq)]
-        self.spoiled += len(spoiled)
-        with self._transaction():
-            for statement in rows.SPOIL:
-                self._db.execute(statement, {"seqs": as_json(spoiled), "now": clock.now()})
-        return self._unpacked([seq for seq in seqs if seq not in spoiled])
+        self._spoil(spoiled)
+        return rows.load(self._db, [seq for seq in seqs if seq not in spoiled])
 
-    def _unpacked(self, seqs: Sequence[int]) -> list[DeadJob]:
-        return unpacked(self._db.execute(rows.LOAD, {"seqs": as_json(seqs)}).fetchone(), seqs)
+    def _spoil(self, seqs: Sequence[int]) -> None:
+        listed = {"seqs": as_json(seqs)}
+        count = (
+            f"SELECT coalesce(uid, {rows.NOBODY}), CAST(target AS BLOB) FROM jobs WHERE state = 4 AND seq {rows.LISTED}"
+        )
+        with self._transaction():
+            before = self._db.execute(count, listed).fetchall()
+            for statement in rows.SPOIL:
+                self._db.execute(statement, {**listed, "now": clock.now()})
+            after = self._db.execute(count, listed).fetchall()
+        self._spoiled.update([rows.dead_of(*row) for row in after])
+        self._spoiled.subtract([rows.dead_of(*row) for row in before])
 
     def _makes_sense(self, seq: int) -> bool:
         try:
-            return bool(self._unpacked([seq]))
+            return bool(rows.load(self._db, [seq]))
         except rows.UNREADABLE as error:
             if not rows.is_rotten(error):
                 raise
             return False
 
     def _chosen(self, selection: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-        chosen, values = "true", {}
-        if (job_id := selection.get("id")) is not None:
-            chosen, values = "(key = :id OR (key IS NULL AND seq = :seq))", {"id": job_id, "seq": self.seq_of(job_id)}
-        elif (target := selection.get("target")) is not None:
-            chosen, values = "target = :target", {"target": target}
-        if (uid := selection.get("uid")) is not None:
-            chosen, values = f"{chosen} AND uid = :uid", values | {"uid": uid}
-        return chosen, values
+        job_id = selection.get("id")
+        return rows.chosen(selection, None if job_id is None else self.seq_of(job_id))
 
-    @contextlib.contextmanager
-    def _reading(self) -> Iterator[None]:
-        try:
-            yield
-        except (sqlite3.Error, OSError) as error:
-            failure = explained(self._path, error)
-            if isinstance(failure, DamagedSpoolError) and self._path is not None:
-                upkeep.suspect(self._path, failure)
-            raise failure from error
+    def _reading(self) -> contextlib.AbstractContextManager[None]:
+        return explaining(self._path)
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[None]:

@@ -34,7 +34,9 @@ CREATE INDEX due ON jobs (priority, ready_at, seq) WHERE state = 1;
 CREATE INDEX scheduled ON jobs (ready_at, seq) WHERE state = 1;
 CREATE INDEX ended ON jobs (ended) WHERE state = 3;
 CREATE INDEX dead ON jobs (seq) WHERE state = 4;
-CREATE INDEX dead_of ON jobs (uid, seq) WHERE state = 4;
+CREATE INDEX dead_of_user ON jobs (uid, seq) WHERE state = 4;
+CREATE INDEX dead_of_target ON jobs (target, seq) WHERE state = 4;
+CREATE INDEX dead_of_both ON jobs (uid, target, seq) WHERE state = 4;
 """
 
 # When the newest jobs came, or ended. Bytes that are wrong may say anything, but hardly a time before 2106.
@@ -60,6 +62,7 @@ REMEDIES = {
     "SQLITE_CANTOPEN": "it cannot be opened; see the owner and mode of its folder",
     "SQLITE_BUSY": "another program holds a lock on it; end that program",
     "SQLITE_NOTADB": "it is no spool; move it away, or set another [spool] path",
+    "SQLITE_INTERRUPT": "it took too long; ask for fewer at a time, or try again later",
     "SQLITE_CORRUPT": "it is damaged; at the next start it is examined, and put aside",
 }
 
@@ -92,6 +95,12 @@ def connect(path: str) -> sqlite3.Connection:
         needed = ".".join(map(str, OLDEST_SQLITE))
         raise SpoolError(f"SQLite {sqlite3.sqlite_version} is too old for the spool; install {needed} or newer")
     return sqlite3.connect(path, timeout=1.0, isolation_level=None, check_same_thread=False, cached_statements=64)
+
+
+def connect_to_read(path: Path) -> sqlite3.Connection:
+    """A connection to a file that is open already, which can read only."""
+    uri = f"{path.absolute().as_uri()}?mode=ro"
+    return sqlite3.connect(uri, uri=True, timeout=1.0, isolation_level=None, check_same_thread=False)
 
 
 def check(db: sqlite3.Connection, path: Path | None) -> int:

@@ -192,14 +192,16 @@ class Writer:
         if (wait := self._not_before - self._loop.time()) > 0 and not self._closing:
             self._alarm.within(wait)
             return
-        calls, self._calls = self._calls, []
         self.collect()
-        entries = self._due(everything=bool(calls))
+        entries = self._due(everything=bool(self._calls))
         inserts = [job for entry in entries for job in entry.jobs if job.state not in ENDED] if self.durable else []
         keyed = [job for entry in entries for job in entry.keyed]
         transaction = self.changes.take(inserts, keyed, TRANSACTION_BYTES)
         for job in (*transaction.inserts.jobs, *keyed):
             job.stored = True
+        calls: list[Callable[[], None]] = []
+        if not self.changes or self.failing:  # else they come after the last piece
+            calls, self._calls = self._calls, calls
         if transaction or self.failing:  # else nobody would learn that the disk works again
             self._committing = self._loop.create_future()
             self.began = time.monotonic()

@@ -22,6 +22,7 @@ from workerd import claims, worker
 from workerd.access import Access, Peer
 from workerd.admission import Admission
 from workerd.answer import Answer
+from workerd.deadcounts import DeadCounts
 from workerd.engine import Engine
 from workerd.job import Job, Options, Submitter
 from workerd.metrics import Metrics
@@ -63,7 +64,7 @@ class Walk:
         self.queue = JobQueue()
         self.queue.learn("noop", 2e-7)
         self.metrics = Metrics(["noop"], "")
-        self.engine = Engine(self.queue, cast("Any", Writer()), self.metrics)
+        self.engine = Engine(self.queue, cast("Any", Writer()), self.metrics, DeadCounts({}))
         self.engine.pool = cast("Any", Nothing())
         self.admission = Admission(self.engine)
         self.admission.use({"noop": ("noop", Options())}, Access())

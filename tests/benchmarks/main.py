@@ -20,18 +20,8 @@ import report  # noqa: E402 - found by way of the line above
 from chart import draw  # noqa: E402 - likewise
 from options import Options  # noqa: E402 - likewise
 
-SECTIONS = (
-    "throughput",
-    "latency",
-    "peer_latency",
-    "scaling",
-    "backlog",
-    "cost",
-    "budget",
-    "startup",
-    "mixed",
-    "refusal",
-)
+SECTIONS = ("throughput", "latency", "peer_latency", "scaling", "backlog", "cost", "budget", "startup", "mixed")
+ON_DEMAND = ("dead", "refusal")  # only where they are asked for: not among the published figures
 
 
 def main() -> None:
@@ -39,7 +29,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="tests/run benchmarks", description=__doc__.partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="of each section; medians are shown [5]")
     parser.add_argument("--quick", action="store_true", help="a look, with numbers too small to be believed")
-    parser.add_argument("--only", action="append", choices=SECTIONS, help="this section; may be given again")
+    parser.add_argument(
+        "--only", action="append", choices=(*SECTIONS, *ON_DEMAND), help="this section; may be given again"
+    )
     parser.add_argument(
         "--output", type=Path, help="folder of results.json and chart.svg; with --quick, none if not given"
     )
