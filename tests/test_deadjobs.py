@@ -204,7 +204,12 @@ class House:
     async def store(self, job: Job) -> None:
         """As a client's job with an id of its own: returns once it is acknowledged."""
         stored = asyncio.get_running_loop().create_future()
-        waits = SimpleNamespace(committed=lambda _: [stored.set_result(None)][:0], refused=stored.set_exception)
+
+        def committed(_: object) -> list[Job]:
+            stored.set_result(None)
+            return []
+
+        waits = SimpleNamespace(committed=committed, refused=stored.set_exception)
         self.writer.add([], [job], waits)
         await stored
 
