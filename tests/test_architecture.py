@@ -34,6 +34,7 @@ LAYERS: list[set[str]] = [
         "output",
         "rows",
         "spoolfile",
+        "stackfile",
         "upkeep",
     },
     {
