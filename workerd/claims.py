@@ -95,9 +95,9 @@ class Claims:
         os.pwrite(self.fd, ACCOUNT.pack(1 + secrets.randbelow(2**63 - 1)), SIZE)
 
     def sign(self, at: int, within: int) -> None:
-        """Note that the daemon lived then, and is killed unless it shows so again within so many nanoseconds (0: it is not).
+        """Note when the daemon has shown that it lives, and that it is killed unless it does so again within a time.
 
-        Blocks; raises OSError.
+        Both in nanoseconds; `within` is 0 where nobody watches. Blocks; raises OSError.
         """
         os.pwrite(self.fd, SIGN.pack(at, within), SIZE + ACCOUNT.size)
 

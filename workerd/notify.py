@@ -65,7 +65,10 @@ class Notifier:
         self._send("STOPPING=1")
 
     def watchdog(self) -> bool:
-        """Still alive: to be called every `watchdog_interval` seconds, if that is not None. Whether systemd was told."""
+        """Still alive: to be called every `watchdog_interval` seconds, if that is not None.
+
+        Returns whether the service manager was told.
+        """
         return self._send("WATCHDOG=1")
 
     def extend_timeout(self, seconds: float) -> None:

@@ -96,7 +96,9 @@ def has_used_up_its_crashes(job: Job) -> bool:
 def tell_of(stack: Stack, *, stood: bool) -> None:
     """Log where the daemon was when it ended."""
     if stood:
-        text = "the daemon had stood still, and was aborted for it, which is charged to no job. Its threads were here:\n%s"
+        text = (
+            "the daemon had stood still, and was aborted for it, which is charged to no job. Its threads were here:\n%s"
+        )
         logger.error(text, stack.text, extra={"event": "daemon_stalled"})
     else:
         text = "the daemon was ended by a signal. Its threads were here:\n%s"

@@ -40,7 +40,11 @@ class Reporter:
         self.notifier = notify.Notifier()
         self.loop = asyncio.get_running_loop()
         self._status_timer: asyncio.TimerHandle | None = None
-        self._seen: tuple[float | None, float, float] = (None, 0.0, 0.0)  # a commit, by its begin; when; seconds until then
+        self._seen: tuple[float | None, float, float] = (
+            None,
+            0.0,
+            0.0,
+        )  # a commit, by its begin; when; seconds until then
         self._claims: Claims | None = None
         self._sign = (0, 0)  # the last one of life, see Claims.sign
         self._signing: asyncio.Future[None] | None = None
