@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from workerd import clock
 from workerd.claims import Claims
-from workerd.errors import DamagedSpoolError
+from workerd.errors import DamagedSpoolError, SpoolError
 from workerd.spool import Spool
 from workerd.spoolfile import CLAIMS, STACK, beside
 from workerd.stackfile import Stack, StackFile
@@ -41,10 +41,7 @@ class Recovered(NamedTuple):
 
 
 def open_spool(path: Path | None, queue: JobQueue) -> Recovered:
-    """The spool and what lies beside it, recovered.
-
-    Blocks; raises SpoolError and OSError.
-    """
+    """The spool and what lies beside it, recovered. Blocks; raises SpoolError."""
     path = path and path.resolve()  # what is put beside it belongs beside the file, not beside a link to it
     for attempt in (1, 2, 3):
         spool = Spool.open(path)
@@ -54,6 +51,8 @@ def open_spool(path: Path | None, queue: JobQueue) -> Recovered:
             return Recovered(spool, claims, stack_file, recover(spool, claims, stack_file, queue))
         except BaseException as error:
             spool.close()
+            if isinstance(error, OSError):
+                raise SpoolError(f"a file beside the spool {path} cannot be used: {error}") from error
             if attempt == 3 or not isinstance(error, DamagedSpoolError):  # else it is put aside, and a new one opened
                 raise
     raise AssertionError
