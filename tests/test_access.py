@@ -401,7 +401,7 @@ def test_nobody_else_can_read_what_is_kept(tmp_path: Path) -> None:
             daemon.request(job("echo", "secret", delay=60))
             assert stat.S_IMODE((tmp_path / "state").stat().st_mode) == 0o700
             modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "state").iterdir()}
-            assert {"spool.db", "spool.db-wal", "spool.db.claims", "spool.db.lock"} <= set(modes)
+            assert {"spool.db", "spool.db-wal", "spool.db.claims", "spool.db.lock", "spool.db.stack"} <= set(modes)
             assert set(modes.values()) == {0o600}
     finally:
         os.umask(before)
@@ -478,7 +478,7 @@ class T:
             assert not line.startswith(FORGED)
             assert line.isprintable(), line
         assert sorted(path.name for path in tmp_path.iterdir() if "spool" in path.name) == sorted(
-            f"spool.db{suffix}" for suffix in ("", "-shm", "-wal", ".claims", ".lock")
+            f"spool.db{suffix}" for suffix in ("", "-shm", "-wal", ".claims", ".lock", ".stack")
         )
 
 

@@ -37,6 +37,7 @@ LAYERS: list[set[str]] = [
         "output",
         "rows",
         "spoolfile",
+        "stackfile",
         "upkeep",
     },
     {

@@ -350,17 +350,52 @@ def test_buried_jobs_keep_their_error(spool: Spool) -> None:
 
 
 def test_crashes_are_charged(spool: Spool) -> None:
-    """Only jobs that still wait on the disk are charged with a crash, and they are returned so."""
-    waiting, late, dead, over = several(spool, 4)
+    """Only jobs that still wait on the disk are charged with a crash, once for an account; the doomed are buried with it."""
+    waiting, late, dead, over, last = several(spool, 5)
     late.ready_at, late.state, over.key = NOW + 5, State.SCHEDULED, "a"
     spool.commit(
-        transaction(inserts=[waiting, late], keyed=[over], buried=[(dead, ERROR, NOW)], succeeded=[(over.seq, NOW)])
+        transaction(
+            inserts=[waiting, late, last], keyed=[over], buried=[(dead, b"{}", NOW)], succeeded=[(over.seq, NOW)]
+        )
     )
-    assert spool.charge_crashes([dead.seq, late.seq, over.seq, 99, waiting.seq]) == [
-        stored(waiting, crashes=1), stored(late, crashes=1),
-    ]  # fmt: skip
-    assert ready(spool) == [stored(waiting, crashes=1)]
-    assert spool.charge_crashes([]) == []
+
+    def charge(account: int) -> None:
+        running = [dead.seq, late.seq, over.seq, 99, waiting.seq, last.seq]
+        spool.charge_crashes(account, running, ERROR, lambda job: job.seq == last.seq)
+
+    for _ in range(3):
+        charge(7)
+        assert ready(spool) == [stored(waiting, crashes=1)]
+        assert scheduled(spool) == [stored(late, crashes=1)]
+        page = spool.dead({}, 0, 10, PLENTY).jobs
+        assert [(one.job.seq, one.job.crashes, one.error) for one in page] == [
+            (dead.seq, 0, b"{}"),
+            (last.seq, 1, ERROR),
+        ]
+    charge(8)
+    charge(8)
+    assert ready(spool) == [stored(waiting, crashes=2)]
+    spool.charge_crashes(9, [], ERROR, lambda _: True)
+    charge(9)
+    assert ready(spool) == [stored(waiting, crashes=2)], "charging nobody settles an account, too"
+
+
+def test_a_charge_is_whole_or_not_at_all(spool: Spool) -> None:
+    """One that fails has charged, buried and settled nothing."""
+    job, *_ = several(spool, 1)
+    spool.commit(transaction(inserts=[job]))
+
+    def deny(action: int, table: str | None, *_: object) -> int:
+        denied = (action, table) == (sqlite3.SQLITE_INSERT, "meta")
+        return sqlite3.SQLITE_DENY if denied else sqlite3.SQLITE_OK
+
+    spool._db.set_authorizer(deny)
+    with pytest.raises(SpoolError):
+        spool.charge_crashes(7, [job.seq], ERROR, lambda _: True)
+    spool._db.set_authorizer(None)
+    assert ready(spool) == [stored(job)]
+    spool.charge_crashes(7, [job.seq], ERROR, lambda _: False)
+    assert ready(spool) == [stored(job, crashes=1)]
 
 
 # --- reading the backlog ----------------------------------------------------------------------------------

@@ -9,12 +9,17 @@ The parent uses the slot in the other direction to take back jobs that a worker 
 of positions, waits for `VISIBLE` seconds and reads `STARTED`. After that wait either the worker has
 seen the range, or the parent sees the claim; no lock is shared, so none can be lost with a killed worker, and a
 worker that is inside a long C call need not answer.
+
+Behind the slots the daemon keeps a header, which no worker maps: the number of the account that the claims are on, so
+that they are charged once (`Spool.charge_crashes`), and when the daemon last gave systemd a sign of life.
 """
 
 from __future__ import annotations
 
 import mmap
 import os
+import secrets
+import struct
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -23,6 +28,8 @@ if TYPE_CHECKING:
 SLOTS = 1024
 WORDS = 8
 SIZE = SLOTS * WORDS * 8
+ACCOUNT = struct.Struct("=Q")  # at SIZE; 0 in a file that is new, or of a version that had no header
+SIGN = struct.Struct("=QQ")  # behind it: when (the clock that files' times are of), and how soon the next must come; ns
 
 SEQ = 0  # seq of the job at STARTED; 0 for a job that must not be blamed on anybody
 STARTED = 1  # position of the latest job that was begun
@@ -52,8 +59,11 @@ class Claims:
         else:
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         # allocated, not sparse: a write into a hole of a full disk would be a SIGBUS
-        os.posix_fallocate(fd, 0, SIZE)
-        return cls(fd)
+        os.posix_fallocate(fd, 0, SIZE + ACCOUNT.size + SIGN.size)
+        claims = cls(fd)
+        if not claims.account():
+            claims._open_account()
+        return claims
 
     def slot(self, number: int) -> memoryview:
         """The eight words of worker `number`."""
@@ -67,3 +77,31 @@ class Claims:
     def clear(self) -> None:
         """Forget all claims: what they said is recorded, or nobody is to be blamed."""
         self._map[:] = bytes(SIZE)
+
+    # --- the header: read and written, not mapped, so that whoever waits for the disk can do so in a thread ---------
+
+    def account(self) -> int:
+        """What the claims go by, from the time that they are begun anew until they are charged."""
+        return int(ACCOUNT.unpack(os.pread(self.fd, ACCOUNT.size, SIZE))[0])
+
+    def renew(self) -> None:
+        """Forget all claims, which have been charged: those to come are on an account of their own."""
+        self.clear()
+        self.sign(0, 0)
+        self._open_account()  # last: until then nothing that is left is charged
+
+    def _open_account(self) -> None:
+        # random, not counted: it must not be one that a spool which comes out of a backup has charged
+        os.pwrite(self.fd, ACCOUNT.pack(1 + secrets.randbelow(2**63 - 1)), SIZE)
+
+    def sign(self, at: int, within: int) -> None:
+        """Note when the daemon has shown that it lives, and that it is killed unless it does so again within a time.
+
+        Both in nanoseconds; `within` is 0 where nobody watches. Blocks; raises OSError.
+        """
+        os.pwrite(self.fd, SIGN.pack(at, within), SIZE + ACCOUNT.size)
+
+    def signed(self) -> tuple[int, int]:
+        """The arguments of the last `sign`."""
+        at, within = SIGN.unpack(os.pread(self.fd, SIGN.size, SIZE + ACCOUNT.size))
+        return at, within

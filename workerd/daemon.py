@@ -135,7 +135,10 @@ class Daemon:
         queue = JobQueue(max_jobs=settings.spool.max_jobs)
         if limits.limits_jobs():
             queue.quotas = Quotas(limits.user_jobs, limits.user_bytes)
-        spool, claims, dead = await asyncio.to_thread(open_spool, path, queue)
+        spool, claims, stack_file, dead = await asyncio.to_thread(open_spool, path, queue)
+        stack_file.arm()
+        self.reporter.sign_in(claims)
+        self._exits.callback(self.reporter.sign_in, None)
         self.writer = Writer(spool, self.reporter.committed, durable=path is not None)
         self.writer.on_failure = self._fail
         self._exits.push_async_callback(self.writer.close)

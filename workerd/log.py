@@ -42,6 +42,7 @@ EVENTS = {
     "daemon_stopping": "ce7bf889380f44f49f945b6ca9bfce70",
     "daemon_stopped": "1bf3c74c7fad407899ed349a42d7aada",
     "daemon_failed": "fd24d5c19ab84b9795e4edc26ffe8c47",
+    "daemon_stalled": "eb01c4a109754cfe831758f829f96543",
     "daemon_reloaded": "12ef23088db04f379e586a4d70b84ca8",
     "reload_failed": "3d18c71d916e4b0ba0241fce9d169cd9",
     "worker_exited": "e02cfc72d9e14d67bb64afddafdd6cda",

@@ -64,9 +64,12 @@ class Notifier:
     def stopping(self) -> None:
         self._send("STOPPING=1")
 
-    def watchdog(self) -> None:
-        """Still alive: to be called every `watchdog_interval` seconds, if that is not None."""
-        self._send("WATCHDOG=1")
+    def watchdog(self) -> bool:
+        """Still alive: to be called every `watchdog_interval` seconds, if that is not None.
+
+        Returns whether the service manager was told.
+        """
+        return self._send("WATCHDOG=1")
 
     def extend_timeout(self, seconds: float) -> None:
         """What goes on, start or stop or reload, is not late before so many seconds from now."""

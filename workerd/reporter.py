@@ -13,6 +13,7 @@ from workerd import metrics, notify
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from workerd.claims import Claims
     from workerd.control import Control
     from workerd.errors import SpoolError
 
@@ -22,6 +23,7 @@ STATUS_INTERVAL = 1.0  # seconds between two STATUS lines to systemd, while some
 EXTEND_INTERVAL = 5.0  # seconds between two pleas for more time, each for twice as much
 SLOW_COMMIT = 1.0  # seconds after which STATUS tells that the disk is still at a commit ...
 STALLED = 10.0  # ... and after which it is told as a failure
+MOST_LATE = 2.0  # seconds since it was last looked at a commit that count: beyond these the loop itself stood still
 HEALTH_TIMEOUT = 2.0  # seconds within which a healthy event loop answers /healthz
 
 
@@ -38,12 +40,41 @@ class Reporter:
         self.notifier = notify.Notifier()
         self.loop = asyncio.get_running_loop()
         self._status_timer: asyncio.TimerHandle | None = None
+        self._seen: tuple[float | None, float, float] = (
+            None,
+            0.0,
+            0.0,
+        )  # a commit, by its begin; when; seconds until then
+        self._claims: Claims | None = None
+        self._sign = (0, 0)  # the last one of life, see Claims.sign
+        self._signing: asyncio.Future[None] | None = None
 
     def watchdog(self) -> None:
         """Show systemd that the loop turns, now and from now on."""
-        if self.notifier.watchdog_interval is not None:
-            self.notifier.watchdog()
-            self.loop.call_later(self.notifier.watchdog_interval, self.watchdog)
+        if (interval := self.notifier.watchdog_interval) is not None:
+            now = time.time_ns()
+            if self.notifier.watchdog():
+                self._sign = (now, int(2e9 * interval))
+                self._note_sign()
+            self.loop.call_later(interval, self.watchdog)
+
+    def sign_in(self, claims: Claims | None) -> None:
+        """Note there what systemd is shown, from the last time on; None: nowhere any more. Blocks; raises OSError."""
+        self._claims = claims
+        if claims is not None:
+            claims.sign(*self._sign)
+
+    def _note_sign(self) -> None:
+        if self._claims is None or (self._signing is not None and not self._signing.done()):
+            return
+        claims, sign = self._claims, self._sign
+
+        def note() -> None:
+            with contextlib.suppress(OSError):  # the spool will tell of the disk
+                claims.sign(*sign)
+
+        # in a thread: a disk that does not come back must not stop the loop, which is what this is about
+        self._signing = self.loop.run_in_executor(None, note)
 
     @contextlib.contextmanager
     def more_time(self) -> Iterator[None]:
@@ -87,6 +118,7 @@ class Reporter:
         self._status_timer = None
         self.notifier.status(self.text())
         seconds = self._committing()
+        self._seen = (self.control.engine.writer.began, time.monotonic(), seconds)
         if seconds:
             self.touch()  # it is to be told, should it last, until it is over
         if seconds > STALLED and not self.stalled:
@@ -108,9 +140,14 @@ class Reporter:
         return f"{self.state}: {counts}, {jobs['running']} running{dead}{trouble}"
 
     def _committing(self) -> float:
-        """Seconds for which the disk has been at a commit."""
+        """Seconds for which the disk has been at a commit, but for those in which we stood still ourselves."""
         began = self.control.engine.writer.began
-        return 0.0 if began is None else time.monotonic() - began
+        if began is None:
+            return 0.0
+        seen, at, seconds = self._seen
+        if seen != began:
+            at, seconds = began, 0.0
+        return seconds + min(time.monotonic() - at, MOST_LATE)
 
     def committed(self, seconds: float, error: SpoolError | None) -> None:
         """A transaction took so long, or failed."""

@@ -23,7 +23,7 @@ from workerd.spoolfile import begin, connect, lock, sync_folder
 from workerd.view import View, explaining
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from pathlib import Path
 
     from workerd.job import Job
@@ -209,14 +209,25 @@ class Spool:
         with self._reading():
             return self._refill(self._peek(rows.PEEK_SCHEDULED, (*after, limit)), max_bytes)
 
-    def charge_crashes(self, seqs: Sequence[int]) -> list[Job]:
-        """Count a crash against each of these that is ready or scheduled; returns those."""
-        with self._transaction():
-            waiting = f"SELECT seq FROM jobs WHERE state IN (0, 1) AND seq {rows.LISTED}"
-            seqs = self._seqs(waiting, {"seqs": as_json(seqs)})
-            self._db.execute(f"UPDATE jobs SET crashes = crashes + 1 WHERE seq {rows.LISTED}", {"seqs": as_json(seqs)})
+    def charge_crashes(self, account: int, seqs: Sequence[int], error: bytes, doomed: Callable[[Job], bool]) -> None:
+        """Count a crash against each of these that is ready or scheduled, and bury those that are `doomed` with it.
+
+        All of it or nothing, and nothing if it was the last call, too, that settled this account.
+        """
         with self._reading():
-            return [dead.job for dead in self._load(seqs)]
+            if self._one("SELECT count(*) FROM meta WHERE name = 'charged' AND value = ?", (account,)):
+                return
+            waiting = f"SELECT seq FROM jobs WHERE state IN (0, 1) AND seq {rows.LISTED}"
+            jobs = [dead.job for dead in self._load(self._seqs(waiting, {"seqs": as_json(seqs)}))]
+        for job in jobs:
+            job.crashes += 1
+        charged = as_json([job.seq for job in jobs])
+        graves = [(job.seq, error.decode(), clock.now()) for job in jobs if doomed(job)]
+        with self._transaction():
+            self._db.execute(f"UPDATE jobs SET crashes = crashes + 1 WHERE seq {rows.LISTED}", {"seqs": charged})
+            self._db.execute(rows.BURY, {"rows": as_json(graves)})
+            settled = "INSERT INTO meta VALUES ('charged', ?) ON CONFLICT DO UPDATE SET value = excluded.value"
+            self._db.execute(settled, (account,))
 
     # --- dead jobs ----------------------------------------------------------------------------------------
     # A selection is a mapping: see rows.chosen.

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 APPLICATION_ID = 0x776B7264  # "wkrd"
 OLDEST_SQLITE = (3, 40)  # older ones lack json operators that are relied upon, or were not tried
 CLAIMS = "claims"  # see claims.py
+STACK = "stack"  # see stackfile.py
 VERSION = 3  # of the schema, as PRAGMA user_version
 
 # READY, SCHEDULED, SUCCEEDED and DEAD, as numbers: a partial index serves only a condition that it can read.

@@ -27,7 +27,7 @@ MODULES = (
     *("worker", "settle", "writer", "spool", "engine", "answer", "queue", "backlog", "pool", "process", "dispatcher"),
     *("recovery", "zygote", "forkserver", "generation", "outbox", "claims", "channel", "feeder", "control", "daemon"),
     *("admission", "access", "quotas", "upkeep", "spoolfile", "rows", "frames", "socketfile", "reporter", "alarm"),
-    *("session", "flow", "output", "notify", "clock"),
+    *("session", "flow", "output", "notify", "clock", "stackfile"),
 )
 STRIDE = 512
 WORDS, REACHED = "__fault_words__", "__fault_reached__"

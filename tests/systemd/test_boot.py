@@ -376,18 +376,28 @@ def test_client_starts_a_stopped_daemon(service: Service) -> None:
 
 
 def test_stuck_daemon_is_restarted(service: Service) -> None:
-    """A daemon that no longer turns is missed by systemd's watchdog, killed with its workers, and restarted."""
+    """A daemon that no longer turns is missed by systemd's watchdog, killed with its workers, and restarted. The job that
+    ran is not charged for it, and runs again; the journal says where the daemon stood.
+    """
     service.machine.run(f"systemctl stop {UNIT}")
     service.drop_in("WatchdogSec=3s")
     service.machine.run(f"systemctl start {UNIT}")
     pid = service.pid
     workers = [process["pid"] for process in service.status()["processes"]]
+    service.request(job("wait_for", "gate", id="innocent", max_crashes=1))
+    service.wait_for_running(1)
     service.machine.run(f"kill -STOP {pid}")
     main_process_ended(service, pid)
     assert service.show("NRestarts") == "1"
     assert any("atchdog timeout" in record["MESSAGE"] for record in service.records(f"UNIT={UNIT}"))
     for worker in workers:
         assert not service.machine.path(f"/proc/{worker}").exists()
+    service.wait_for_running(1)
+    db = "import sqlite3; print(sqlite3.connect('/var/lib/workerd/spool.db').execute('SELECT crashes FROM jobs').fetchall())"
+    assert service.machine.run("python3 -", input=db).stdout.strip() == "[(0,)]"
+    (record,) = service.records("MESSAGE_ID=eb01c4a109754cfe831758f829f96543")
+    assert "Fatal Python error: Aborted" in record["MESSAGE"]
+    service.open("gate")
     assert service.work("edition")["result"] == "first"
 
 
