@@ -17,7 +17,7 @@ PACKAGE = ROOT / "workerd"
 
 # A module imports from lower layers only ...
 LAYERS: list[set[str]] = [
-    {"clock", "errors", "job", "values"},
+    {"clock", "early", "errors", "job", "values"},
     {
         "access",
         "alarm",

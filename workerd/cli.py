@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from workerd import __version__
+from workerd import __version__, early
 from workerd.errors import Exit
 from workerd.exits import EPILOG, explain
 
@@ -61,6 +61,8 @@ config_option = click.option(
 def workerd(context: click.Context, socket: str) -> int:
     """Runs your Python methods as background jobs, in supervised processes, on one host, with no broker."""
     context.obj = socket
+    if context.invoked_subcommand != "run":
+        early.withdraw()
     if context.invoked_subcommand is None:
         click.echo(context.get_help(), err=True)
         return Exit.USAGE

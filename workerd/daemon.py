@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import uvloop
 
-from workerd import __version__, clock, config, forkserver, log, metrics, notify, scrape, worker
+from workerd import __version__, clock, config, early, forkserver, log, metrics, notify, scrape, worker
 from workerd.admission import Admission
 from workerd.control import Control
 from workerd.engine import Engine
@@ -49,6 +49,7 @@ NEEDS_RESTART = ("feeder.socket", "feeder.mode", "feeder.group", "spool.path", "
 
 def run(config_path: Path, on_ready: Callable[[], None] | None = None) -> int:
     """Run the daemon until it is told to stop; returns its exit status. Raises WorkerdError if it cannot start."""
+    early.taken()  # a reload that was asked for until now is done by what follows
     settings = config.load(config_path)
     log.setup(settings.log.level)
     sys.setswitchinterval(SWITCH_INTERVAL)
@@ -87,6 +88,8 @@ class Daemon:
         for number in (signal.SIGTERM, signal.SIGINT):
             self._loop.add_signal_handler(number, self._stop.set)
         self._loop.add_signal_handler(signal.SIGHUP, self._reload.set)
+        if early.taken():
+            self._reload.set()
         self.reporter.watchdog()
         async with self._exits:
             with self.reporter.more_time():
