@@ -117,10 +117,10 @@ class Daemon:
         self._status = Exit.SOFTWARE
         self._stop.set()
 
-    async def _either(self, task: asyncio.Task[Any]) -> None:
-        """Wait until the task is done, or the daemon is told to stop."""
+    async def _either(self, *tasks: asyncio.Task[Any]) -> None:
+        """Wait until one of the tasks is done, or the daemon is told to stop."""
         stopping = self._loop.create_task(self._stop.wait())
-        await asyncio.wait((stopping, task), return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait((stopping, *tasks), return_when=asyncio.FIRST_COMPLETED)
         stopping.cancel()
 
     # --- start --------------------------------------------------------------------------------------------
@@ -143,6 +143,7 @@ class Daemon:
         self.engine.dead = dead
         self.engine.on_change = self.reporter.touch
         self.pool = self.engine.pool = Pool(queue, claims, self.engine)
+        self.pool.on_slow = self.reporter.waits
         self.writer.patience = self.pool.dispatcher.patience
         self._exits.push_async_callback(self.pool.close)
         self.admission = Admission(self.engine)
@@ -215,7 +216,9 @@ class Daemon:
         spec = forkserver.make_spec(settings.attributes.class_, settings.attributes.path, for_workers)
         try:
             generation = await self.pool.load(
-                lambda: forkserver.ForkServer.start(spec, self.pool.claims.fd), settings.workers.count
+                lambda: forkserver.ForkServer.start(spec, self.pool.claims.fd),
+                settings.workers.count,
+                settings.workers.start_timeout,
             )
         except ConfigError as error:
             raise ConfigError(*(f"{settings.file}: {problem}" for problem in error.problems)) from None
@@ -243,9 +246,10 @@ class Daemon:
     async def _reload_now(self) -> None:
         self.reporter.reloading()
         try:
-            settings = config.load(self.settings.file)
-            generation = await self._load(settings)
-            await self.pool.adopt(generation)
+            with self.reporter.more_time():
+                settings = config.load(self.settings.file)
+                generation = await self._load(settings)
+                await self.pool.adopt(generation)
         except Exception as error:
             if not isinstance(error, WorkerdError):
                 logger.exception("defect in workerd, while reloading")
@@ -276,8 +280,12 @@ class Daemon:
             if self._reload.is_set() and not self._stop.is_set():
                 self._reload.clear()
                 work = self._loop.create_task(self._reload_now())
-                await self._either(work)
+                newer = self._loop.create_task(self._reload.wait())
+                await self._either(work, newer)
+                newer.cancel()
                 if not work.done():
+                    if not self._stop.is_set():
+                        logger.info("a newer reload was asked for: the one under way is given up")
                     work.cancel()
                     await asyncio.wait((work,))
                 elif (error := work.exception()) is not None:

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from workerd import early
 from workerd.errors import Exit, StartError, WorkerdError
 
 if TYPE_CHECKING:
@@ -89,7 +88,6 @@ def start(
     sys.stdout.flush()
     sys.stderr.flush()
     if child := os.fork():
-        early.withdraw()  # the command itself ends with its terminal
         os.close(writer)
         os.waitpid(child, 0)  # it forks again and goes
         return _wait(reader, logfile, announce)

@@ -10,35 +10,35 @@ import os
 import signal
 from typing import Any
 
-_before: Any = None  # what a SIGHUP did before we noted it; None: we do not
-_noted = False
+
+class _Hangup:
+    """What has become of SIGHUP in this process."""
+
+    before: Any = None  # what it did before we noted it; None: we do not
+    noted = False
 
 
 def note() -> None:
-    """From now on, note a SIGHUP and go on. A child process begins with what it would have done without us."""
-    global _before
-    if _before is None:
-        _before = signal.getsignal(signal.SIGHUP)
+    """From now on, note a SIGHUP and go on; what this process executes begins with the kernel's default."""
+    if _Hangup.before is None:
+        _Hangup.before = signal.getsignal(signal.SIGHUP)
         signal.signal(signal.SIGHUP, _note)
 
 
 def _note(*_: object) -> None:
-    global _noted
-    _noted = True
+    _Hangup.noted = True
 
 
 def taken() -> bool:
     """Whether one has come since this was asked last."""
-    global _noted
-    noted, _noted = _noted, False
+    noted, _Hangup.noted = _Hangup.noted, False
     return noted
 
 
 def withdraw() -> None:
-    """This process is no daemon: a SIGHUP does again what it did, one that was noted included."""
-    global _before
-    if _before is not None:
-        signal.signal(signal.SIGHUP, _before)
-        _before = None
+    """Do what a SIGHUP did before, as this process is no daemon; one that was noted included."""
+    if _Hangup.before is not None:
+        signal.signal(signal.SIGHUP, _Hangup.before)
+        _Hangup.before = None
         if taken():
             os.kill(os.getpid(), signal.SIGHUP)

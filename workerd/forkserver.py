@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -24,8 +25,8 @@ import msgspec
 
 from workerd import worker
 from workerd.claims import Claims
-from workerd.errors import ConfigError
-from workerd.zygote import MESSAGE_LIMIT, Loaded, Message, Spec, Target, Unusable
+from workerd.errors import ConfigError, StartError
+from workerd.zygote import MESSAGE_LIMIT, Loaded, Message, Missing, Spec, Target, Unusable
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -38,7 +39,12 @@ BOOTSTRAP = f"""
 import json, socket, sys
 sock = socket.socket(fileno=int(sys.argv[1]))
 sys.path[:] = json.loads(sock.recv({MESSAGE_LIMIT}))
-from workerd.zygote import main
+try:
+    from workerd.zygote import main
+except Exception as error:  # a file that is half written, too
+    missing = {{"type": "Missing", "problem": f"{{type(error).__name__}}: {{error}}"}}
+    sock.send(json.dumps(missing).encode())
+    sys.exit(1)
 main(sock)
 """
 IMPORT_ENDED = "[attributes] class: importing its module ended the process that imported it; mend the module"
@@ -82,17 +88,32 @@ class ForkServer:
             return None
         return self._decode(data) if data else None
 
+    @property
+    def pid(self) -> int:
+        """That of its process, 0 where somebody else has started it."""
+        return self.process.pid if self.process is not None else 0
+
     def kill(self) -> None:
-        """End it as if somebody else had done it."""
-        if self.process is not None:
-            self.process.kill()
+        """End it as if somebody else had done it, and what the class has started while it was imported."""
+        if self.process is not None and self.process.returncode is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
 
     def close(self) -> None:
         """End the fork server, and with it any worker that is left."""
         self.socket.close()
+        self.kill()
         if self.process is not None:
-            self.process.kill()
             self.process.wait()
+
+
+def problem(message: Message | None) -> ConfigError | StartError:
+    """What is wrong, where this was the first message of a fork server, and not Loaded."""
+    if isinstance(message, Unusable):
+        return ConfigError(message.problem)
+    if isinstance(message, Missing):
+        remedy = "is an upgrade under way? If not, install it again"
+        return StartError(f"workerd itself cannot be imported: {message.problem}; {remedy}")
+    return ConfigError(IMPORT_ENDED)
 
 
 def inspect(class_path: str, path: Sequence[Path]) -> list[Target]:
@@ -106,9 +127,7 @@ def inspect(class_path: str, path: Sequence[Path]) -> list[Target]:
         server.close()
     if isinstance(message, Loaded):
         return message.targets
-    if isinstance(message, Unusable):
-        raise ConfigError(message.problem)
-    raise ConfigError(IMPORT_ENDED)
+    raise problem(message)
 
 
 def check_targets(targets: Iterable[Target], settings: Config) -> None:

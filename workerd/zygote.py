@@ -67,6 +67,12 @@ class Unusable(msgspec.Struct, frozen=True, tag=True):
     traceback: str
 
 
+class Missing(msgspec.Struct, frozen=True, tag=True):
+    """The fork server itself could not be imported; `problem` is the exception."""
+
+    problem: str
+
+
 class Started(msgspec.Struct, frozen=True, tag=True):
     """A worker runs."""
 
@@ -84,7 +90,7 @@ class Exited(msgspec.Struct, frozen=True, tag=True):
     problem: str = ""
 
 
-Message = Loaded | Unusable | Started | Exited
+Message = Loaded | Unusable | Missing | Started | Exited
 
 
 def main(sock: socket.socket) -> None:
