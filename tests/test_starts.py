@@ -17,21 +17,33 @@ if TYPE_CHECKING:
     from daemon_process import Notifications
 
 GOOD = "class T:\n    def version(self, a): return 1\n"
-# Each waits for a file that nobody makes; the gate lets it go on.
-WAIT = "import os, time\ndef wait():\n    while not os.path.exists({gate!r}): time.sleep(0.01)\n"
+# Each says that it hangs, and waits for a gate to open.
+WAIT = """
+import os, threading, time
+def wait():
+    open({folder!r} + "/hangs", "w").close()
+    while not os.path.exists({folder!r} + "/gate"): time.sleep(0.01)
+"""
+CLASS = "class T:\n    def version(self, a): return 2\n"
 HANGS = {
-    "import": WAIT + "wait()\nclass T:\n    def version(self, a): return 2\n",
-    "instance": WAIT + "class T:\n    def __init__(self): wait()\n    def version(self, a): return 2\n",
-    # a thread that was started at import holds a lock for ever: the child cannot have it
-    "lock": WAIT + "import threading\nlock = threading.Lock()\nlock.acquire()\n"
-    "class T:\n    def __init__(self): lock.acquire()\n    def version(self, a): return 2\n",
-    "child": WAIT + "os.register_at_fork(after_in_child=wait)\nclass T:\n    def version(self, a): return 2\n",
-    "fork": WAIT + "os.register_at_fork(before=wait)\nclass T:\n    def version(self, a): return 2\n",
+    "import": "wait()\n" + CLASS,
+    "instance": CLASS + "    def __init__(self): wait()\n",
+    # a lock that a thread had when the worker was forked is never given back in the worker
+    "lock": "lock = threading.Lock()\nthreading.Thread(target=lambda: lock.acquire() and time.sleep(600)).start()\n"
+    "while not lock.locked(): time.sleep(0.01)\n" + CLASS + "    def __init__(self):\n"
+    "        open({folder!r} + '/hangs', 'w').close()\n        lock.acquire()\n",
+    "child": "os.register_at_fork(after_in_child=wait)\n" + CLASS,
+    "fork": "os.register_at_fork(before=wait)\n" + CLASS,
 }
 
 
 def hang(folder: Path, where: str) -> str:
-    return HANGS[where].format(gate=str(folder / "gate"))
+    return (WAIT + HANGS[where]).format(folder=str(folder))
+
+
+def hangs(folder: Path) -> None:
+    """Wait until it does."""
+    wait_until((folder / "hangs").exists, "the class hangs")
 
 
 def left(daemon: Daemon) -> list[Process]:
@@ -45,11 +57,9 @@ def left(daemon: Daemon) -> list[Process]:
 def test_a_newer_reload_takes_the_place_of_one_that_hangs(tmp_path: Path, where: str) -> None:
     """Wherever the class hangs, the next SIGHUP ends that reload with its processes, and is done."""
     with Daemon(tmp_path, GOOD) as daemon:
-        before = set(daemon.descendants())
         daemon.write_attributes(hang(tmp_path, where))
         daemon.kill(signal.SIGHUP)
-        daemon.wait_until(lambda status: status["state"] == "reloading")
-        wait_until(lambda: set(daemon.descendants()) - before, "it has begun")
+        hangs(tmp_path)
         assert daemon.run("version")["result"] == 1
         daemon.write_attributes(GOOD.replace("1", "3"))
         daemon.reload()
@@ -103,11 +113,10 @@ def test_a_stop_ends_what_hangs(tmp_path: Path, where: str, when: str) -> None:
     """SIGTERM during a start or a reload that hangs: exit status 0, and no process is left."""
     with Daemon(tmp_path, GOOD if when == "reload" else hang(tmp_path, where), start=False) as daemon:
         daemon.start(wait=when == "reload")
-        before = set(daemon.descendants())
         if when == "reload":
             daemon.write_attributes(hang(tmp_path, where))
             daemon.kill(signal.SIGHUP)
-        wait_until(lambda: set(daemon.descendants()) - before, "it has begun")
+        hangs(tmp_path)
         assert daemon.stop() == 0
         wait_until(lambda: not daemon.descendants(), "no process is left")
 

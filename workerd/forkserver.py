@@ -42,6 +42,7 @@ sys.path[:] = json.loads(sock.recv({MESSAGE_LIMIT}))
 try:
     from workerd.zygote import main
 except Exception as error:  # a file that is half written, too
+    sock.recv({MESSAGE_LIMIT})  # or our end would be told as a reset, which comes before what we say
     missing = {{"type": "Missing", "problem": f"{{type(error).__name__}}: {{error}}"}}
     sock.send(json.dumps(missing).encode())
     sys.exit(1)
