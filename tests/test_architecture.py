@@ -53,7 +53,7 @@ LAYERS: list[set[str]] = [
     },
     {"answer", "engine", "admission", "control", "recovery", "reporter", "daemon"},
     {
-        *("cli", "exits", "export", "reports", "submission", "daemonize", "terminal"),
+        *("cli", "check", "exits", "export", "reports", "submission", "daemonize", "terminal"),
         *("client", "connection", "lines", "pipeline", "replies", "local", "__main__", "__init__"),
     },
 ]
@@ -85,7 +85,8 @@ NEIGHBOURS: dict[str, set[str]] = {
     "export": {"terminal"},
     "reports": {"client", "terminal"},
     "submission": {"client", "lines", "pipeline", "replies", "terminal"},
-    "cli": {"client", "daemonize", "exits", "export", "reports", "submission", "__init__"},
+    "check": {"terminal"},
+    "cli": {"check", "client", "daemonize", "exits", "export", "reports", "submission", "__init__"},
     "__main__": {"cli"},
     "__init__": {"local"},
 }

@@ -19,19 +19,18 @@ import signal
 import socket
 import subprocess
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from workerd import worker
-from workerd.claims import Claims
 from workerd.errors import ConfigError, StartError
-from workerd.zygote import MESSAGE_LIMIT, Loaded, Message, Missing, Spec, Target, Unusable
+from workerd.zygote import MESSAGE_LIMIT, Message, Missing, Spec, Target, Unusable
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
     from pathlib import Path
 
+    from workerd import worker
     from workerd.config import Config
 
 # our own module path comes first, since without it `workerd` may not be found
@@ -61,8 +60,8 @@ class ForkServer:
         sock.setblocking(False)
 
     @classmethod
-    def start(cls, spec: Spec, claims_fd: int) -> ForkServer:
-        """Start the process; its first message will be `Loaded` or `Unusable`."""
+    def start(cls, spec: Spec, claims_fd: int, **options: Any) -> ForkServer:
+        """Start the process; its first message says whether it has the class. `options` are for Popen."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             arguments = [str(theirs.fileno()), str(claims_fd), str(os.getpid())]
@@ -72,8 +71,9 @@ class ForkServer:
                 [sys.executable, "-P", "-c", BOOTSTRAP, *arguments],
                 pass_fds=[theirs.fileno(), claims_fd],
                 stdin=subprocess.DEVNULL,
-                stdout=2,  # what a module prints on import is no output of ours
                 start_new_session=True,
+                # what a module prints on import is no output of ours
+                **{"stdout": 2, **options},
             )
         return cls(ours, process)
 
@@ -115,20 +115,6 @@ def problem(message: Message | None) -> ConfigError | StartError:
         remedy = "is an upgrade under way? If not, install it again"
         return StartError(f"workerd itself cannot be imported: {message.problem}; {remedy}")
     return ConfigError(IMPORT_ENDED)
-
-
-def inspect(class_path: str, path: Sequence[Path]) -> list[Target]:
-    """Import the class in a child process and list its targets. Raises ConfigError when it cannot be used."""
-    claims = Claims.open(None)
-    server = ForkServer.start(make_spec(class_path, path, worker.Settings()), claims.fd)
-    try:
-        server.socket.setblocking(True)
-        message = server.receive()
-    finally:
-        server.close()
-    if isinstance(message, Loaded):
-        return message.targets
-    raise problem(message)
 
 
 def check_targets(targets: Iterable[Target], settings: Config) -> None:

@@ -119,6 +119,12 @@ def load_class(spec: Spec) -> type:
         module = importlib.import_module(spec.module)
     except BaseException as error:
         if isinstance(error, ModuleNotFoundError) and error.name and f"{spec.module}.".startswith(f"{error.name}."):
+            for folder in spec.path:
+                if not os.access(folder, os.R_OK | os.X_OK):
+                    raise ConfigError(
+                        f"{where}: user {os.geteuid()} may not read {folder}, where it is looked for; "
+                        f"let this user read it, or move the class"
+                    ) from error
             raise ConfigError(
                 f"{where}: there is no module {error.name!r} on the module path; "
                 f"put its folder into [attributes] path, or install it beside workerd"
