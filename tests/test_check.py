@@ -135,10 +135,13 @@ def test_what_the_user_may_not_read(run: Run, short_path: Path, what: str) -> No
 
 
 def test_a_user_that_is_not_there(run: Run) -> None:
-    """One line, and nothing is imported."""
+    """One line, and nothing is imported; so it is for root, by that name."""
     done = run("--user", "no_such_user")
     assert done.returncode == Exit.CONFIG
     assert done.stderr == 'workerd: --user: this host has no user "no_such_user"\n'
+    done = run("--user", "root")
+    assert done.returncode == Exit.CONFIG
+    assert done.stderr == 'workerd: --user: "root" is root; give --as-root if you mean it\n'
 
 
 def test_whose_spool_it_is_cannot_be_forged(tmp_path: Path) -> None:

@@ -49,9 +49,12 @@ class User(NamedTuple):
 def named(name: str) -> User:
     """The user of that name. Raises ConfigError where this host has none."""
     try:
-        return _user(pwd.getpwnam(name))
+        user = _user(pwd.getpwnam(name))
     except (KeyError, ValueError):
         raise ConfigError(f"--user: this host has no user {shown(name)}") from None
+    if not user.uid:
+        raise ConfigError(f"--user: {shown(name)} is root; give --as-root if you mean it")
+    return user
 
 
 def of_service(spool: Path | None) -> User:
@@ -122,8 +125,11 @@ def inspect(settings: Config, user: User | None) -> list[Target]:
 
 
 def _options(user: User, output: int) -> dict[str, Any]:
-    """For Popen: to be that user, who then has none of root's capabilities, environment, folder and terminal."""
+    """For ForkServer.start: to be that user, with none of root's capabilities, environment, folder and terminal."""
+    folder = os.readlink("/proc/self/cwd")  # which `python -m` puts first
+    own = os.path.dirname(os.path.dirname(__file__))
     return {
+        "path": [part for part in sys.path if part and (part != folder or part == own)],
         "user": user.uid,
         "group": user.gid,
         "extra_groups": user.groups,

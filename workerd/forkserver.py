@@ -60,12 +60,15 @@ class ForkServer:
         sock.setblocking(False)
 
     @classmethod
-    def start(cls, spec: Spec, claims_fd: int, **options: Any) -> ForkServer:
-        """Start the process; its first message says whether it has the class. `options` are for Popen."""
+    def start(cls, spec: Spec, claims_fd: int, path: Sequence[str] = sys.path, **options: Any) -> ForkServer:
+        """Start the process; its first message says whether it has the class.
+
+        `path` is where it finds all modules but the class's; `options` are for Popen.
+        """
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             arguments = [str(theirs.fileno()), str(claims_fd), str(os.getpid())]
-            ours.send(json.dumps(sys.path).encode())
+            ours.send(json.dumps(list(path)).encode())
             ours.send(msgspec.json.encode(spec))
             process = subprocess.Popen(
                 [sys.executable, "-P", "-c", BOOTSTRAP, *arguments],
