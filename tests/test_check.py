@@ -70,6 +70,7 @@ def run(short_path: Path) -> Run:
 def _check(folder: Path, *arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     packages = [sysconfig.get_path("purelib"), *site.getsitepackages()]
     environment = os.environ | {"PYTHONPATH": ":".join([str(ROOT), *packages]), "SECRET": "of root"}
+    environment.pop("PYTHONUNBUFFERED", None)
     command = [an_interpreter(), "-m", "workerd", "check", "--config", str(folder / "workerd.toml"), *arguments]
     return subprocess.run(command, env=environment, cwd=cwd or folder, capture_output=True, text=True, check=False)
 

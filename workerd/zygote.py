@@ -105,10 +105,19 @@ def main(sock: socket.socket) -> None:
     except ConfigError as error:
         cause = error.__cause__
         reply: Message = Unusable(str(error), worker.describe(cause) if cause else "")
+        _flush()
         _send(sock, reply)
         return
+    _flush()
     _send(sock, Loaded(describe_targets(attributes)))
     serve(sock, Claims(claims_fd), attributes, spec.settings)
+
+
+def _flush() -> None:
+    """Let go of what the class has printed: we may be killed once we have answered, and each worker would have a copy."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(Exception):  # it may be anything by now
+            stream.flush()
 
 
 def load_class(spec: Spec) -> type:
