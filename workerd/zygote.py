@@ -114,7 +114,7 @@ def main(sock: socket.socket) -> None:
 
 
 def _flush() -> None:
-    """Let go of what the class has printed: we may be killed once we have answered, and each worker would have a copy."""
+    """Let go of what the class has printed: once we have answered we may be killed, and each worker has a copy."""
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(Exception):  # it may be anything by now
             stream.flush()
