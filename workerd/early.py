@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import os
 import signal
-from typing import Any
+
+TYPE_CHECKING = False  # as in __init__
+if TYPE_CHECKING:
+    from typing import Any
 
 
 class _Hangup:
