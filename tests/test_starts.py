@@ -103,7 +103,7 @@ def test_a_start_that_hangs_fails_in_the_end(tmp_path: Path, where: str) -> None
         assert daemon.wait() == 70
         assert not daemon.notifications.has("READY")
         last = daemon.log.splitlines()[-1]
-        assert last.startswith("workerd: {LIMIT} s were not enough for ")
+        assert last.startswith(f"workerd: {LIMIT} s were not enough for ")
         assert last.endswith("; mend the class, or raise [workers] start_timeout")
         wait_until(lambda: not daemon.descendants(), "no process is left")
 
@@ -166,7 +166,8 @@ def test_a_worker_that_hangs_when_it_is_started_again(tmp_path: Path) -> None:
     with Daemon(tmp_path, source, workers={"count": 1, "start_timeout": LIMIT}) as daemon:
         flag.touch()
         daemon.workers()[0].kill()
-        wait_until(lambda: daemon.log.count("is killed, as it was not ready in time: 1 s were not enough for") >= 2)
+        told = f"is killed, as it was not ready in time: {LIMIT} s were not enough for worker"
+        wait_until(lambda: daemon.log.count(told) >= 2, "it is killed twice")
         assert daemon.metrics()['workerd_worker_exits_total{reason="start_failed"}'] >= 1
         flag.unlink()
         assert daemon.run("version")["result"] == 1
