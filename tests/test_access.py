@@ -422,7 +422,7 @@ def test_a_name_that_this_host_does_not_know_is_refused(tmp_path: Path) -> None:
         for access, told in mistakes:
             daemon.sections["access"] = access
             daemon.configure()
-            checked = daemon.command("check", "--config", str(daemon.config_file))
+            checked = daemon.command("check", "--as-root", "--config", str(daemon.config_file))
             assert checked.returncode == 78
             assert told in checked.stderr
 

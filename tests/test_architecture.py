@@ -17,7 +17,7 @@ PACKAGE = ROOT / "workerd"
 
 # A module imports from lower layers only ...
 LAYERS: list[set[str]] = [
-    {"clock", "errors", "job", "values"},
+    {"clock", "early", "errors", "job", "values"},
     {
         "access",
         "alarm",
@@ -55,11 +55,22 @@ LAYERS: list[set[str]] = [
             "scrape",
             "notify",
         ),
-        *("worker", "zygote", "forkserver", "channel", "process", "generation", "settle", "dispatcher", "pool"),
+        *(
+            "worker",
+            "zygote",
+            "forkserver",
+            "channel",
+            "process",
+            "generation",
+            "settle",
+            "dispatcher",
+            "pool",
+            "starts",
+        ),
     },
     {"answer", "engine", "admission", "deadjobs", "control", "recovery", "reporter", "daemon"},
     {
-        *("cli", "exits", "export", "reports", "submission", "daemonize", "terminal"),
+        *("cli", "check", "exits", "export", "reports", "submission", "daemonize", "terminal"),
         *("client", "connection", "lines", "pipeline", "replies", "local", "__main__", "__init__"),
     },
 ]
@@ -82,10 +93,10 @@ NEIGHBOURS: dict[str, set[str]] = {
     "zygote": {"worker"},
     "forkserver": {"worker", "zygote"},
     "process": {"worker", "channel"},
-    "generation": {"forkserver", "process", "zygote"},
+    "generation": {"forkserver", "process", "starts", "zygote"},
     "settle": {"worker", "process"},
     "dispatcher": {"process", "settle"},
-    "pool": {"worker", "forkserver", "process", "generation", "settle", "dispatcher"},
+    "pool": {"worker", "forkserver", "process", "generation", "settle", "dispatcher", "starts"},
     "admission": {"answer", "engine"},
     "deadjobs": {"admission", "engine"},
     "control": {"admission", "deadjobs", "engine"},
@@ -98,7 +109,8 @@ NEIGHBOURS: dict[str, set[str]] = {
     "export": {"terminal"},
     "reports": {"client", "terminal"},
     "submission": {"client", "lines", "pipeline", "replies", "terminal"},
-    "cli": {"client", "daemonize", "exits", "export", "reports", "submission", "__init__"},
+    "check": {"terminal"},
+    "cli": {"check", "client", "daemonize", "exits", "export", "reports", "submission", "__init__"},
     "__main__": {"cli"},
     "__init__": {"local"},
 }

@@ -585,19 +585,19 @@ def test_check(workerd: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     names the file.
     """
     file = configure(tmp_path)
-    done = workerd("check", "--config", file)
+    done = workerd("check", "--as-root", "--config", file)
     assert (done.status, done.err) == (0, "")
     lines = done.out.splitlines()
     assert lines[0].split() == ["TARGET", "DESCRIPTION"]
     assert "double(number)    Twice the number." in lines
     monkeypatch.setenv("WORKERD_CONFIG", str(file))
-    assert workerd("check") == done
+    assert workerd("check", "--as-root") == done
 
 
 def test_check_shows_text_as_text(workerd: Cli, tmp_path: Path) -> None:
     """A docstring cannot do anything to the terminal either."""
     file = configure(tmp_path, source="class Work:\n    def t(self, a):\n        '\\x1b[2J[bold]'\n")
-    assert "\\x1b[2J[bold]" in workerd("check", "--config", file).out
+    assert "\\x1b[2J[bold]" in workerd("check", "--as-root", "--config", file).out
 
 
 @pytest.mark.parametrize(
@@ -613,7 +613,7 @@ def test_check_shows_text_as_text(workerd: Cli, tmp_path: Path) -> None:
 )
 def test_check_refuses(workerd: Cli, tmp_path: Path, text: str, source: str, says: list[str]) -> None:
     """Whatever is wrong, with the file or the class, is one line each on standard error, and exit status 78."""
-    done = workerd("check", "--config", configure(tmp_path, text, source))
+    done = workerd("check", "--as-root", "--config", configure(tmp_path, text, source))
     assert (done.status, done.out) == (Exit.CONFIG, "")
     lines = [line for line in done.err.splitlines() if line.startswith("workerd: ")]
     assert len(lines) == len(says)

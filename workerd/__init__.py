@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
-from workerd.errors import JobTimeout
-
+TYPE_CHECKING = False  # `typing` takes longer than all else here, and a daemon must soon be past this
 if TYPE_CHECKING:
+    from typing import Any
+
+    from workerd.errors import JobTimeout
     from workerd.local import JobQueue, StartWorkers
 
 __version__ = "0.1.0"
 __all__ = ["JobQueue", "JobTimeout", "StartWorkers", "__version__"]
 
-JobTimeout.__module__ = __name__  # where users import it from, and what tracebacks should call it
-
 
 def __getattr__(name: str) -> Any:
     # Lazily, so that neither a worker nor the command line pays for what it does not use.
+    if name == "JobTimeout":
+        from workerd.errors import JobTimeout
+
+        return JobTimeout
     if name in ("JobQueue", "StartWorkers"):
         from workerd import local
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from workerd import __version__
+from workerd import __version__, early
 from workerd.errors import Exit
 from workerd.exits import EPILOG, explain
 
@@ -61,6 +61,8 @@ config_option = click.option(
 def workerd(context: click.Context, socket: str) -> int:
     """Runs your Python methods as background jobs, in supervised processes, on one host, with no broker."""
     context.obj = socket
+    if context.invoked_subcommand != "run":
+        early.withdraw()
     if context.invoked_subcommand is None:
         click.echo(context.get_help(), err=True)
         return Exit.USAGE
@@ -116,18 +118,25 @@ def _run_detached(config_file: Path, pidfile: Path | None, logfile: Path | None)
 
 @workerd.command()
 @config_option
-def check(config_file: Path) -> int:
+@click.option("--user", "name", metavar="NAME", help="For root: import the class as this user.")
+@click.option("--as-root", is_flag=True, help="For root: import the class as root; its code may do anything then.")
+def check(config_file: Path, name: str | None, *, as_root: bool) -> int:
     """Check the configuration and list the targets.
 
-    Imports the class in a process of its own. Exit status 78 when anything is wrong.
+    Imports the class in a process of its own, for root as the user whose service it is: --user, else who owns the
+    spool or its folder, else workerd. Exit status 78 when anything is wrong.
     """
-    from workerd import config, forkserver
+    from workerd import check, config
     from workerd.reports import print_targets
 
+    is_root = os.geteuid() == 0
+    if name is not None and (as_root or not is_root):
+        raise click.UsageError("--user is for root, and without --as-root.")
     settings = config.load(config_file)
-    targets = forkserver.inspect(settings.attributes.class_, settings.attributes.path)
-    forkserver.check_targets(targets, settings)
-    print_targets(targets)
+    user = None
+    if is_root and not as_root:
+        user = check.of_service(settings.spool.path) if name is None else check.named(name)
+    print_targets(check.inspect(settings, user))
     return Exit.OK
 
 

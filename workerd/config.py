@@ -39,11 +39,14 @@ class Attributes(Struct, frozen=True, kw_only=True):
 
 
 class Workers(Struct, frozen=True, kw_only=True):
-    """How many, and when one is replaced: `max_jobs` and `max_memory` (bytes) are 0 for never."""
+    """How many, how long they may take to start and to stop (seconds), and when one is replaced: `max_jobs` and
+    `max_memory` (bytes) are 0 for never.
+    """
 
     count: Annotated[
         int, key(f'a whole number from 1 to {MAX_WORKERS}, or "auto"', values.count, ge=1, le=MAX_WORKERS)
     ] = 2
+    start_timeout: Annotated[float, key("a number of seconds from 1 to 86400", ge=1, le=DAY)] = 300.0
     drain_timeout: Annotated[float, key("a number of seconds from 0 to 86400", ge=0, le=DAY)] = 30.0
     max_jobs: Annotated[int, key("a whole number, 0 for no limit", ge=0, le=MAX_COUNT)] = 0
     max_memory: Annotated[int, key('0, or a size from "16MiB", as "512MiB"', values.memory, ge=0, le=1 << 60)] = 0

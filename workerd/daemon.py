@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import uvloop
 
-from workerd import __version__, clock, config, forkserver, log, metrics, notify, scrape, worker
+from workerd import __version__, clock, config, early, forkserver, log, metrics, notify, scrape, worker
 from workerd.admission import Admission
 from workerd.control import Control
 from workerd.deadcounts import DeadCounts
@@ -51,6 +51,7 @@ NEEDS_RESTART = ("feeder.socket", "feeder.mode", "feeder.group", "spool.path", "
 
 def run(config_path: Path, on_ready: Callable[[], None] | None = None) -> int:
     """Run the daemon until it is told to stop; returns its exit status. Raises WorkerdError if it cannot start."""
+    early.taken()  # a reload that was asked for until now is done by what follows
     settings = config.load(config_path)
     log.setup(settings.log.level)
     sys.setswitchinterval(SWITCH_INTERVAL)
@@ -89,6 +90,8 @@ class Daemon:
         for number in (signal.SIGTERM, signal.SIGINT):
             self._loop.add_signal_handler(number, self._stop.set)
         self._loop.add_signal_handler(signal.SIGHUP, self._reload.set)
+        if early.taken():
+            self._reload.set()
         self.reporter.watchdog()
         async with self._exits:
             with self.reporter.more_time():
@@ -117,10 +120,10 @@ class Daemon:
         self._status = Exit.SOFTWARE
         self._stop.set()
 
-    async def _either(self, task: asyncio.Task[Any]) -> None:
-        """Wait until the task is done, or the daemon is told to stop."""
+    async def _either(self, *tasks: asyncio.Task[Any]) -> None:
+        """Wait until one of the tasks is done, or the daemon is told to stop."""
         stopping = self._loop.create_task(self._stop.wait())
-        await asyncio.wait((stopping, task), return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait((stopping, *tasks), return_when=asyncio.FIRST_COMPLETED)
         stopping.cancel()
 
     # --- start --------------------------------------------------------------------------------------------
@@ -149,6 +152,7 @@ class Daemon:
         self.engine = Engine(queue, self.writer, self.metrics, counts)
         self.engine.on_change = self.reporter.touch
         self.pool = self.engine.pool = Pool(queue, claims, self.engine)
+        self.pool.on_slow = self.reporter.waits
         self.writer.patience = self.pool.dispatcher.patience
         self.writer.on_stored = self.engine.enter
         self.writer.on_refused = queue.refused
@@ -225,7 +229,9 @@ class Daemon:
         spec = forkserver.make_spec(settings.attributes.class_, settings.attributes.path, for_workers)
         try:
             generation = await self.pool.load(
-                lambda: forkserver.ForkServer.start(spec, self.pool.claims.fd), settings.workers.count
+                lambda: forkserver.ForkServer.start(spec, self.pool.claims.fd),
+                settings.workers.count,
+                settings.workers.start_timeout,
             )
         except ConfigError as error:
             raise ConfigError(*(f"{settings.file}: {problem}" for problem in error.problems)) from None
@@ -253,9 +259,10 @@ class Daemon:
     async def _reload_now(self) -> None:
         self.reporter.reloading()
         try:
-            settings = config.load(self.settings.file)
-            generation = await self._load(settings)
-            await self.pool.adopt(generation)
+            with self.reporter.more_time():
+                settings = config.load(self.settings.file)
+                generation = await self._load(settings)
+                await self.pool.adopt(generation)
         except Exception as error:
             if not isinstance(error, WorkerdError):
                 logger.exception("defect in workerd, while reloading")
@@ -286,8 +293,12 @@ class Daemon:
             if self._reload.is_set() and not self._stop.is_set():
                 self._reload.clear()
                 work = self._loop.create_task(self._reload_now())
-                await self._either(work)
+                newer = self._loop.create_task(self._reload.wait())
+                await self._either(work, newer)
+                newer.cancel()
                 if not work.done():
+                    if not self._stop.is_set():
+                        logger.info("a newer reload was asked for: the one under way is given up")
                     work.cancel()
                     await asyncio.wait((work,))
                 elif (error := work.exception()) is not None:

@@ -91,6 +91,8 @@ class JobTimeout(Exception):  # noqa: N818 - public name, raised inside the user
     together with its worker's process group.
     """
 
+    __module__ = "workerd"  # where users import it from, and what tracebacks should call it
+
 
 # --- how what was received is shown -----------------------------------------------------------------------
 

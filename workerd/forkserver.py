@@ -15,22 +15,22 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from workerd import worker
-from workerd.claims import Claims
-from workerd.errors import ConfigError
-from workerd.zygote import MESSAGE_LIMIT, Loaded, Message, Spec, Target, Unusable
+from workerd.errors import ConfigError, StartError
+from workerd.zygote import MESSAGE_LIMIT, Message, Missing, Spec, Target, Unusable
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
     from pathlib import Path
 
+    from workerd import worker
     from workerd.config import Config
 
 # our own module path comes first, since without it `workerd` may not be found
@@ -38,7 +38,13 @@ BOOTSTRAP = f"""
 import json, socket, sys
 sock = socket.socket(fileno=int(sys.argv[1]))
 sys.path[:] = json.loads(sock.recv({MESSAGE_LIMIT}))
-from workerd.zygote import main
+try:
+    from workerd.zygote import main
+except Exception as error:  # a file that is half written, too
+    sock.recv({MESSAGE_LIMIT})  # or our end would be told as a reset, which comes before what we say
+    missing = {{"type": "Missing", "problem": f"{{type(error).__name__}}: {{error}}"}}
+    sock.send(json.dumps(missing).encode())
+    sys.exit(1)
 main(sock)
 """
 IMPORT_ENDED = "[attributes] class: importing its module ended the process that imported it; mend the module"
@@ -54,19 +60,23 @@ class ForkServer:
         sock.setblocking(False)
 
     @classmethod
-    def start(cls, spec: Spec, claims_fd: int) -> ForkServer:
-        """Start the process; its first message will be `Loaded` or `Unusable`."""
+    def start(cls, spec: Spec, claims_fd: int, path: Sequence[str] = sys.path, **options: Any) -> ForkServer:
+        """Start the process; its first message says whether it has the class.
+
+        `path` is where it finds all modules but the class's; `options` are for Popen.
+        """
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             arguments = [str(theirs.fileno()), str(claims_fd), str(os.getpid())]
-            ours.send(json.dumps(sys.path).encode())
+            ours.send(json.dumps(list(path)).encode())
             ours.send(msgspec.json.encode(spec))
             process = subprocess.Popen(
                 [sys.executable, "-P", "-c", BOOTSTRAP, *arguments],
                 pass_fds=[theirs.fileno(), claims_fd],
                 stdin=subprocess.DEVNULL,
-                stdout=2,  # what a module prints on import is no output of ours
                 start_new_session=True,
+                # what a module prints on import is no output of ours
+                **{"stdout": 2, **options},
             )
         return cls(ours, process)
 
@@ -82,33 +92,32 @@ class ForkServer:
             return None
         return self._decode(data) if data else None
 
+    @property
+    def pid(self) -> int:
+        """That of its process, 0 where somebody else has started it."""
+        return self.process.pid if self.process is not None else 0
+
     def kill(self) -> None:
-        """End it as if somebody else had done it."""
-        if self.process is not None:
-            self.process.kill()
+        """End it as if somebody else had done it, and what the class has started while it was imported."""
+        if self.process is not None and self.process.returncode is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
 
     def close(self) -> None:
         """End the fork server, and with it any worker that is left."""
         self.socket.close()
+        self.kill()
         if self.process is not None:
-            self.process.kill()
             self.process.wait()
 
 
-def inspect(class_path: str, path: Sequence[Path]) -> list[Target]:
-    """Import the class in a child process and list its targets. Raises ConfigError when it cannot be used."""
-    claims = Claims.open(None)
-    server = ForkServer.start(make_spec(class_path, path, worker.Settings()), claims.fd)
-    try:
-        server.socket.setblocking(True)
-        message = server.receive()
-    finally:
-        server.close()
-    if isinstance(message, Loaded):
-        return message.targets
+def problem(message: Message | None) -> ConfigError | StartError:
+    """What is wrong, where this was the first message of a fork server, and not Loaded."""
     if isinstance(message, Unusable):
-        raise ConfigError(message.problem)
-    raise ConfigError(IMPORT_ENDED)
+        return ConfigError(message.problem)
+    if isinstance(message, Missing):
+        remedy = "is an upgrade under way? If not, install it again"
+        return StartError(f"workerd itself cannot be imported: {message.problem}; {remedy}")
+    return ConfigError(IMPORT_ENDED)
 
 
 def check_targets(targets: Iterable[Target], settings: Config) -> None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import logging
 import os
+import signal
+from functools import partial
 from typing import TYPE_CHECKING
 
 from workerd import forkserver, zygote
@@ -15,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from workerd.process import WorkerProcess
+    from workerd.starts import Starts
 
 logger = logging.getLogger("workerd")
 
@@ -23,13 +27,15 @@ LONGEST_BACKOFF = 30.0  # seconds between attempts to start a worker that keeps 
 SERVER_PATIENCE = 10.0  # seconds after the end of a worker within which the fork server must have told of it
 SECOND_LOOK = 0.1  # seconds
 DESCRIPTOR_RETRY = 0.5  # seconds after which to look again for a descriptor
+IMPORT = "import"  # name of a step
 SERVER_BACKOFF = 1.0  # seconds between attempts to start a fork server that was killed and now fails to start
 
 
 class Generation:
     """`start` makes the fork server.
 
-    `on_exit(generation, process, status)` is told of each worker's end, `on_restart()` of a new fork server.
+    `on_exit(generation, process, status)` is told of each worker's end, `on_restart()` of a new fork server. `starts`
+    watches the steps of each start: the import of the class, and each worker's instance of it.
     """
 
     def __init__(
@@ -39,6 +45,7 @@ class Generation:
         wanted: int,
         on_exit: Callable[[Generation, WorkerProcess, int], None],
         on_restart: Callable[[], None],
+        starts: Starts,
     ) -> None:
         self.number = number
         self.wanted = wanted
@@ -54,6 +61,7 @@ class Generation:
         self._restarting: asyncio.Task[None] | None = None
         self._start = start
         self._on_exit = on_exit
+        self._starts = starts
         self._on_restart = on_restart
 
     @property
@@ -62,7 +70,9 @@ class Generation:
         return self.complete.done() and not self.complete.cancelled() and self.complete.exception() is None
 
     async def load(self) -> None:
-        """Start the fork server and wait until it has imported the class. Raises ConfigError or StartError."""
+        """Start the fork server and wait until it has imported the class. Raises ConfigError, or StartError where that
+        takes too long.
+        """
         self._loaded: asyncio.Future[None] = self.loop.create_future()
         try:
             self._server = self._start()
@@ -70,19 +80,33 @@ class Generation:
             raise StartError(f"the fork server cannot be started: {error.strerror}") from None
         self.loop.add_reader(self._server.socket, self._read)
         self._open = True
+        server = self._server.pid
+        self._starts.begin(IMPORT, lambda: f"process {server} to import the class", self._import_too_slow)
         try:
             await self._loaded
         except BaseException:
             self._close_server()
             raise
-        self.up = True
+        finally:
+            self._starts.over(IMPORT)
+
+    def _import_too_slow(self, why: str) -> None:
+        if not self._loaded.done():
+            self._loaded.set_exception(StartError(why))
 
     def close(self) -> None:
         """End the fork server for good, and with it any worker that is left."""
         self.wanted = 0
         self._close_server()
+        self._starts.close()
         if self._restarting is not None:
             self._restarting.cancel()
+
+    def abandon(self) -> None:
+        """It will not come into use: end its processes at once, whatever they hang in. They are told as gone later."""
+        self.wanted = 0
+        if self._open:
+            self._server.kill()
 
     def _close_server(self) -> None:
         self.up = False
@@ -101,10 +125,40 @@ class Generation:
             return False
         self.workers[process.number] = process
         self.loop.create_task(self._expect_start(process))
+        number = process.number
+
+        def what() -> str:
+            if process.pid:
+                return f"worker {number} (process {process.pid}) to make its instance of the class"
+            return f"the fork server (process {self._server.pid}) to fork worker {number}"
+
+        self._starts.begin(f"worker {number}", what, partial(self._worker_too_slow, process))
         return True
 
-    def start_succeeded(self) -> None:
+    def _worker_too_slow(self, process: WorkerProcess, why: str) -> None:
+        self.last_error = why
+        text = "worker %d is killed, as it was not ready in time: %s"
+        logger.error(text, process.number, why, extra={"worker": process.number, "event": "worker_exited"})
+        self._fail(why)
+        if process.pid:
+            process.kill()
+            with contextlib.suppress(ProcessLookupError):  # it may not have had the time to lead a group of its own
+                os.kill(process.pid, signal.SIGKILL)
+        else:
+            self._server.kill()
+
+    def _fail(self, why: str) -> None:
+        """Before all its workers were ready once: they never will be."""
+        if not self.complete.done():
+            self.complete.set_exception(StartError(why))
+
+    def _exited(self, process: WorkerProcess, status: int) -> None:
+        self._starts.over(f"worker {process.number}")
+        self._on_exit(self, process, status)
+
+    def start_succeeded(self, process: WorkerProcess) -> None:
         """A worker is ready."""
+        self._starts.over(f"worker {process.number}")
         self.failures = 0
 
     def start_failed(self) -> None:
@@ -114,10 +168,9 @@ class Generation:
         self.failures += 1
         backoff = min(LONGEST_BACKOFF, 0.1 * 2 ** min(self.failures, 10))
         self.not_before = self.loop.time() + backoff
-        if self.failures >= GIVE_UP_AFTER and not self.complete.done():
+        if self.failures >= GIVE_UP_AFTER:
             why = self.last_error or "they ended before they were ready"
-            problem = f"no worker could be started, after {self.failures} attempts: {why}"
-            self.complete.set_exception(StartError(problem))
+            self._fail(f"no worker could be started, after {self.failures} attempts: {why}")
 
     def _read(self) -> None:
         try:
@@ -135,17 +188,18 @@ class Generation:
                     "worker %d cannot be started: %s", message.slot, message.problem, extra={"event": "worker_exited"}
                 )
             if message.slot in self.workers:
-                self._on_exit(self, self.workers[message.slot], message.status)
-        elif isinstance(message, zygote.Loaded):
-            self.targets = message.targets
-            self._loaded.set_result(None)
-        elif isinstance(message, zygote.Unusable):
-            self._loaded.set_exception(ConfigError(message.problem))
-        elif not self._loaded.done():
-            self._loaded.set_exception(ConfigError(forkserver.IMPORT_ENDED))
-        else:
+                self._exited(self.workers[message.slot], message.status)
+        elif self.up:
             self._close_server()
             self._restarting = self.loop.create_task(self._restart())
+        elif self._loaded.done():
+            pass  # `load` has been given up just now, and is about to close it
+        elif isinstance(message, zygote.Loaded):
+            self.targets = message.targets
+            self.up = True
+            self._loaded.set_result(None)
+        else:
+            self._loaded.set_exception(forkserver.problem(message))
 
     async def _watch(self, process: WorkerProcess) -> None:
         """A fork server that is stopped, or stuck, neither tells of a worker's end nor starts another."""
@@ -174,13 +228,16 @@ class Generation:
         for process in list(self.workers.values()):
             process.kill()  # the kernel does it too; this one also reaches the worker's children
             await ended(process.pid)
-            self._on_exit(self, process, -9)
+            self._exited(process, -9)
         while self.wanted:
             try:
                 await self.load()
             except (ConfigError, StartError) as error:
+                if not self.wanted:
+                    return  # it was given up meanwhile
                 self.last_error = str(error)
                 logger.error("the workers cannot be started again: %s", error, extra={"event": "worker_exited"})
+                self._fail(self.last_error)
                 await asyncio.sleep(SERVER_BACKOFF)
             else:
                 self.not_before = 0.0

@@ -45,6 +45,7 @@ EVENTS = {
     "daemon_stalled": "eb01c4a109754cfe831758f829f96543",
     "daemon_reloaded": "12ef23088db04f379e586a4d70b84ca8",
     "reload_failed": "3d18c71d916e4b0ba0241fce9d169cd9",
+    "start_slow": "9250a72d07834ec09f0b2e7ec6becb58",
     "worker_exited": "e02cfc72d9e14d67bb64afddafdd6cda",
     "worker_output": "ffd6a384d03e4201aef21bdc223c7b2a",
     "job_succeeded": "0a4abc11933541e3a7945187f9d81443",

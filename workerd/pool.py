@@ -22,6 +22,7 @@ from workerd.dispatcher import Dispatcher
 from workerd.generation import Generation
 from workerd.process import Phase, WorkerProcess
 from workerd.settle import Settler
+from workerd.starts import Starts
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -47,6 +48,7 @@ class Pool:
         self.observer = observer
         self.loop = asyncio.get_running_loop()
         self.generations: list[Generation] = []  # the newest last
+        self.on_slow: Callable[[str], None] = lambda _: None  # what a start waits for; "": nothing any more
         self.paused = False  # draining: nothing new is started
         self._settler = Settler(queue, observer)
         self._free_slots = list(range(SLOTS))
@@ -66,11 +68,19 @@ class Pool:
         """All worker processes, of every generation."""
         return [process for generation in self.generations for process in generation.workers.values()]
 
-    async def load(self, start: Callable[[], ForkServer], count: int) -> Generation:
-        """Start a fork server and let it import the class. Raises ConfigError; nothing has changed then."""
+    async def load(self, start: Callable[[], ForkServer], count: int, start_timeout: float | None = None) -> Generation:
+        """Start a fork server and let it import the class. Raises ConfigError or StartError; nothing has changed then.
+
+        `start_timeout` in seconds, for the import and for each worker's instance; None: as long as they take.
+        """
         self._generation_number += 1
-        generation = Generation(self._generation_number, start, count, self._worker_gone, self.converge)
-        await generation.load()
+        starts = Starts(start_timeout, self.on_slow)
+        generation = Generation(self._generation_number, start, count, self._worker_gone, self.converge, starts)
+        try:
+            await generation.load()
+        except BaseException:
+            generation.close()
+            raise
         return generation
 
     async def adopt(self, generation: Generation) -> None:
@@ -83,7 +93,7 @@ class Pool:
         try:
             await generation.complete
         except BaseException:
-            generation.wanted = 0
+            generation.abandon()
             if len(self.generations) > 1:
                 self.generations.insert(0, self.generations.pop())
             raise
@@ -185,7 +195,7 @@ class Pool:
         elif kind == worker.READY:
             process.phase = Phase.READY
             process.pid = process.pid or int(message[1])  # it may be quicker than the fork server's word of it
-            self._generation_of(process).start_succeeded()
+            self._generation_of(process).start_succeeded(process)
             self.converge()
         elif kind == worker.FAILED:
             error = msgspec.json.decode(message[1])

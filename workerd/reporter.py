@@ -33,6 +33,7 @@ class Reporter:
     def __init__(self, counters: metrics.Metrics) -> None:
         self.state = "starting"
         self.note = ""  # why the latest reload failed
+        self.waiting = ""  # what a start waits for, once it takes long
         self.failing = False  # the spool cannot be written
         self.stalled = False  # the disk does not come back from a commit
         self.control: Control
@@ -104,6 +105,11 @@ class Reporter:
         self.state = "reloading"
         self.notifier.reloading()
 
+    def waits(self, what: str) -> None:
+        """A start takes long, and waits for this; "": not any more."""
+        self.waiting = f" (waiting for {what})" if what else ""
+        self.touch()
+
     def stopping(self) -> None:
         """The last of it."""
         self.state = "draining"
@@ -132,6 +138,7 @@ class Reporter:
         jobs = self.control.job_counts()
         dead = f", {jobs['dead']} dead" if jobs["dead"] else ""
         trouble = f" (spool failing: {engine.writer.failing})" if engine.writer.failing else self.note
+        trouble += self.waiting
         if (seconds := self._committing()) > SLOW_COMMIT:
             trouble += f" (the disk has been at a commit for {seconds:.0f} s)"
         if aside := engine.writer.spool.quarantined:

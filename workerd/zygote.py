@@ -67,6 +67,12 @@ class Unusable(msgspec.Struct, frozen=True, tag=True):
     traceback: str
 
 
+class Missing(msgspec.Struct, frozen=True, tag=True):
+    """The fork server itself could not be imported; `problem` is the exception."""
+
+    problem: str
+
+
 class Started(msgspec.Struct, frozen=True, tag=True):
     """A worker runs."""
 
@@ -84,7 +90,7 @@ class Exited(msgspec.Struct, frozen=True, tag=True):
     problem: str = ""
 
 
-Message = Loaded | Unusable | Started | Exited
+Message = Loaded | Unusable | Missing | Started | Exited
 
 
 def main(sock: socket.socket) -> None:
@@ -99,10 +105,19 @@ def main(sock: socket.socket) -> None:
     except ConfigError as error:
         cause = error.__cause__
         reply: Message = Unusable(str(error), worker.describe(cause) if cause else "")
+        _flush()
         _send(sock, reply)
         return
+    _flush()
     _send(sock, Loaded(describe_targets(attributes)))
     serve(sock, Claims(claims_fd), attributes, spec.settings)
+
+
+def _flush() -> None:
+    """Let go of what the class has printed: once we have answered we may be killed, and each worker has a copy."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(Exception):  # it may be anything by now
+            stream.flush()
 
 
 def load_class(spec: Spec) -> type:
@@ -113,6 +128,12 @@ def load_class(spec: Spec) -> type:
         module = importlib.import_module(spec.module)
     except BaseException as error:
         if isinstance(error, ModuleNotFoundError) and error.name and f"{spec.module}.".startswith(f"{error.name}."):
+            for folder in spec.path:
+                if not os.access(folder, os.R_OK | os.X_OK):
+                    raise ConfigError(
+                        f"{where}: user {os.geteuid()} may not read {folder}, where it is looked for; "
+                        f"let this user read it, or move the class"
+                    ) from error
             raise ConfigError(
                 f"{where}: there is no module {error.name!r} on the module path; "
                 f"put its folder into [attributes] path, or install it beside workerd"

@@ -238,6 +238,34 @@ def test_reload_of_a_bad_configuration(service: Service) -> None:
     wait_until(lambda: "reload failed" not in service.show("StatusText"), "the reason is gone")
 
 
+def test_reload_may_take_longer_than_systemd_waits(service: Service) -> None:
+    """The daemon asks for more time while the class is imported: TimeoutStartSec= does not make a failure of a reload
+    that succeeds.
+    """
+    service.drop_in("TimeoutStartSec=8s")  # longer than from one plea to the next: systemd forgets the first
+    service.machine.run(f"systemctl restart {UNIT}")
+    gate = "import os, time\nwhile not os.path.exists('/var/lib/workerd/gate'): time.sleep(0.01)\n"
+    service.machine.write("/srv/jobs/errands.py", gate + ERRANDS_SECOND)
+    service.machine.run(f"systemctl reload --no-block {UNIT}")
+    service.wait_for_property("ActiveState", "reloading")
+    began = time.monotonic()
+    wait_until(lambda: time.monotonic() > began + 18, "twice that, and more, has passed")
+    assert service.show("ActiveState") == "reloading"
+    service.open("gate")
+    service.wait_for_property("ActiveState", "active")
+    assert service.show("ReloadResult") == "success"
+    assert service.work("edition")["result"] == "second"
+
+
+def test_check_by_root_runs_the_class_as_the_service(service: Service) -> None:
+    """As the installer's message has it, `workerd check` finds out itself whose service it is: no code is root's."""
+    service.machine.write("/srv/jobs/errands.py", f"import os\nprint('uid', os.getuid())\n{ERRANDS_SECOND}")
+    done = service.machine.run(f"/opt/workerd/venv/bin/workerd check --config {CONFIG}")
+    assert "edition" in done.stdout
+    uid = service.machine.output("id --user workerd")
+    assert done.stderr.splitlines() == ["workerd: the class is imported as user workerd", f"uid {uid}"]
+
+
 # --- stop and restart -------------------------------------------------------------------------------------
 
 
