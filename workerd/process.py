@@ -58,7 +58,7 @@ class WorkerProcess:
         self.finished = 0  # jobs that it has run
         self.latest: Job | None = None  # the last of them, to which late output belongs
         self.revoked_to = 0  # positions before this are being taken back; 0: none are
-        self.expired = 0  # position of the job that was killed for its timeout
+        self.expired = 0  # position of the job whose timeout its worker died of
         self.broken = False  # it sent what makes no sense, and is being killed
         self.looked_at = -1  # position of the latest job begun when the dispatcher last looked
         self.watch: asyncio.TimerHandle | None = None
@@ -148,7 +148,7 @@ class WorkerProcess:
         slot = self.slot
         position = slot[claims.STARTED]
         since = slot[claims.SINCE]
-        if position <= slot[claims.DONE] or position != slot[claims.STARTED]:
+        if position <= max(claims.ends(slot)) or position != slot[claims.STARTED]:
             return None
         for batch in self.holder.batches:
             if batch.first <= position < batch.first + len(batch.jobs):
