@@ -23,7 +23,7 @@ from faults.service import INJECT
 from transactions import transaction
 
 from workerd import claims
-from workerd.claims import DONE, SEQ, STARTED, Claims
+from workerd.claims import RETURNED, SEQ, STARTED, Claims
 from workerd.job import Job, Options
 from workerd.queue import JobQueue
 from workerd.quotas import Quotas
@@ -76,7 +76,7 @@ def leave(path: Path) -> None:
     claims = Claims.open(path.with_name("spool.db.claims"))
     for number, (index, done) in enumerate([(0, 0), (1, 1), (2, 0)]):
         slot = claims.slot(number)
-        slot[SEQ], slot[STARTED], slot[DONE] = spool.first_seq + index, 1, done
+        slot[SEQ], slot[STARTED], slot[RETURNED] = spool.first_seq + index, 1, done
     os.close(claims.fd)
     spool.close()
 

@@ -163,6 +163,7 @@ def test_results_do_not_wait_for_a_slow_job_while_the_daemon_stops(tmp_path: Pat
         jobs = quick_steps(daemon, tmp_path / "marks", "sleep")[:21]  # the slow one is the last
         client.send(jobs)
         assert len(client.recv()) == 21
+        wait_until(lambda: (tmp_path / "marks").exists() and (tmp_path / "marks").stat().st_size == 20)
         daemon.kill(signal.SIGTERM)
         assert [client.recv()["result"] for _ in range(20)] == list(range(20))
 

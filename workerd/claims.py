@@ -2,8 +2,9 @@
 
 One slot of eight 64-bit words for each worker, mapped by the daemon, the fork server and the workers. A
 worker numbers the jobs that it is given 1, 2, 3...: their *positions*. It writes the job's `seq` and position
-before it calls the method, and the position again once the method has returned, so that whoever looks at
-the slot, also after a SIGKILL of the worker, of the daemon, or of both, knows exactly which job was running.
+before it calls the method, and the position again once the method has returned, or once the message is sent that says
+how else it ended. So whoever looks at the slot, also after a SIGKILL of the worker, of the daemon, or of both, knows
+exactly which job was running. What was sent need not have come: only what returned is known to have succeeded.
 
 The parent uses the slot in the other direction to take back jobs that a worker has not begun: it writes a range
 of positions, waits for `VISIBLE` seconds and reads `STARTED`. After that wait either the worker has
@@ -33,14 +34,20 @@ SIGN = struct.Struct("=QQ")  # behind it: when (the clock that files' times are 
 
 SEQ = 0  # seq of the job at STARTED; 0 for a job that must not be blamed on anybody
 STARTED = 1  # position of the latest job that was begun
-DONE = 2  # position of the latest job whose end needs no message, or whose message is sent
+RETURNED = 2  # position of the latest job that returned and needs no message, or has its result in the outbox
 SINCE = 3  # when STARTED was begun, CLOCK_MONOTONIC in nanoseconds (one clock for all processes)
 REVOKED_FROM = 4  # positions from here ...
 REVOKED_TO = 5  # ... to before here must not be begun
 EXPIRED = 6  # position of the job that has run out of time
+SENT = 7  # position of the latest job whose end needs a message, which was sent
 
 NEVER = 2**64 - 1  # in REVOKED_FROM: nothing is taken back
 VISIBLE = 0.001  # seconds after which a store is surely seen by the other processor; drains take under 1 us
+
+
+def ends(slot: memoryview) -> tuple[int, int]:
+    """What is at RETURNED and at SENT, read in this order: all that was sent before the one is in the other."""
+    return slot[RETURNED], slot[SENT]
 
 
 class Claims:
@@ -72,7 +79,7 @@ class Claims:
     def interrupted(self) -> list[int]:
         """The seqs of the jobs that were running when everything died."""
         slots = map(self.slot, range(SLOTS))
-        return [slot[SEQ] for slot in slots if slot[SEQ] and slot[STARTED] != slot[DONE]]
+        return [slot[SEQ] for slot in slots if slot[SEQ] and slot[STARTED] != max(ends(slot))]
 
     def clear(self) -> None:
         """Forget all claims: what they said is recorded, or nobody is to be blamed."""

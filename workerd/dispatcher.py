@@ -1,5 +1,9 @@
 """Which worker is given work, and when: on every change, on a due scheduled job, and when jobs sit behind a slow one.
 
+How long jobs take is a guess. Where a worker is in one batch for much longer than a batch should take, because a job of
+it is slow, or all of them are slower than was thought, what it has not begun goes back to its place in the line: for
+whoever is free next, and behind what is more urgent. Where a worker is idle, that happens sooner.
+
 There is no polling: one timer for the next scheduled job, and one that runs only while workers hold several jobs.
 """
 
@@ -10,7 +14,7 @@ from typing import TYPE_CHECKING, Protocol
 from workerd import clock
 from workerd.alarm import Alarm
 from workerd.claims import STARTED
-from workerd.queue import BATCH_JOBS
+from workerd.queue import BATCH_JOBS, BATCH_SECONDS
 
 if TYPE_CHECKING:
     import asyncio
@@ -23,6 +27,7 @@ if TYPE_CHECKING:
 LOOK_SOON = 0.001  # seconds after which a worker that was given several jobs is looked at, while another is idle
 LOOK_LATER = 0.005  # ... while none is
 SLOW = 0.001  # seconds after which a job that others were given with is slow
+LATE = 5 * BATCH_SECONDS  # ... after which a batch is: a busy machine makes one of good guesses take twice its time
 OVERHEAD = 1e-6  # seconds that the daemon itself spends on a job
 LEEWAY = 0.001  # seconds that a quick job may take longer than expected
 LONGEST_PATIENCE = 0.1  # seconds; what is not expected to end within that is written at once
@@ -110,9 +115,13 @@ class Dispatcher:
             self._look.within(LOOK_SOON if idle else LOOK_LATER)
 
     def _look_at_all(self) -> None:
-        """Where a job turns out to be slow, the jobs before it are settled, and those behind it given to the idle."""
+        """Settle what is before a slow job; take back what is behind it, or in a batch that takes too long."""
         again = False
+        now = self._loop.time()
         for process in [process for process in self._workers.workers() if process.holder.batches]:
+            if process.in_batch(now) >= LATE and process.unstarted():
+                self._workers.take_back(process)
+                continue
             running = process.running()
             if running is not None and running[2] < SLOW:
                 again = True
@@ -123,9 +132,12 @@ class Dispatcher:
                     again = True
                     continue
             self._workers.catch_up(process)
-            idle = not self.stopped and any(other.idle for other in self._workers.working())
-            if idle and process.unstarted() and not self._queue.has_ready():
-                self._workers.take_back(process)
+            if process.unstarted():
+                idle = not self.stopped and any(other.idle for other in self._workers.working())
+                if idle and not self._queue.has_ready():
+                    self._workers.take_back(process)
+                else:
+                    again = True
         if again:
             self._look_later()
 

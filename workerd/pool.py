@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from workerd import worker
-from workerd.claims import DONE, SEQ, SLOTS
+from workerd.claims import SEQ, SLOTS, ends
 from workerd.dispatcher import Dispatcher
 from workerd.generation import Generation
 from workerd.process import Phase, WorkerProcess
@@ -260,9 +260,9 @@ class Pool:
     def _catch_up(self, process: WorkerProcess) -> bool:
         if process.broken:
             return False
-        done = process.slot[DONE]
+        returned, sent = ends(process.slot)
         came = process.read_all(self._on_message)
-        return self._settler.catch_up(process, done) or came
+        return self._settler.catch_up(process, returned, sent) or came
 
     def _visible(self, process: WorkerProcess, keep: int) -> None:
         self.queue.release(process.holder, keep)

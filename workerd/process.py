@@ -58,9 +58,10 @@ class WorkerProcess:
         self.finished = 0  # jobs that it has run
         self.latest: Job | None = None  # the last of them, to which late output belongs
         self.revoked_to = 0  # positions before this are being taken back; 0: none are
-        self.expired = 0  # position of the job that was killed for its timeout
+        self.expired = 0  # position of the job whose timeout its worker died of
         self.broken = False  # it sent what makes no sense, and is being killed
         self.looked_at = -1  # position of the latest job begun when the dispatcher last looked
+        self._present = (0, 0.0)  # the last position of the batch that it was seen in, and since when
         self.watch: asyncio.TimerHandle | None = None
         self._watch_at = 0.0  # uvloop's handles do not tell
         self._visible: asyncio.TimerHandle | None = None  # when what is taken back surely is
@@ -148,7 +149,7 @@ class WorkerProcess:
         slot = self.slot
         position = slot[claims.STARTED]
         since = slot[claims.SINCE]
-        if position <= slot[claims.DONE] or position != slot[claims.STARTED]:
+        if position <= max(claims.ends(slot)) or position != slot[claims.STARTED]:
             return None
         for batch in self.holder.batches:
             if batch.first <= position < batch.first + len(batch.jobs):
@@ -157,9 +158,26 @@ class WorkerProcess:
 
     def unstarted(self) -> int:
         """How many of the jobs that it holds it has not begun."""
-        if not self.holder.batches:
+        batches = self.holder.batches
+        if not batches:
             return 0
-        return self.holder.position - max(self.slot[claims.STARTED], self.holder.batches[0].first - 1)
+        begun = max(self.slot[claims.STARTED], batches[0].first - 1)
+        return max(0, batches[-1].first + len(batches[-1].jobs) - 1 - begun)
+
+    def in_batch(self, now: float) -> float:
+        """Seconds for which it has been seen in the batch that it is in, by the calls of this at `now`.
+
+        By its slot, not by its reports: those may wait while this process is busy.
+        """
+        begun = self.slot[claims.STARTED]
+        last = 0
+        for batch in self.holder.batches:
+            last = batch.first + len(batch.jobs) - 1
+            if begun <= last:
+                break
+        if last != self._present[0]:
+            self._present = last, now
+        return now - self._present[1]
 
     def revoke(self, on_visible: Callable[[WorkerProcess, int], None]) -> None:
         """Begin to take back what it has not begun; `on_visible(self, keep)` says what it kept. See claims."""

@@ -1,7 +1,8 @@
 """What becomes of the jobs that a worker reports, or held when it died; and who is told.
 
-Exactly the job that was running in a dead worker is charged. What it had finished without a report is a success (a
-worker sends all else at once), and what it had not begun goes back to the front of the queue.
+Exactly the job that was running in a dead worker is charged. What had returned without a report is a success (a worker
+sends all else at once), and what it had not begun goes back to the front of the queue. An end that was sent and did
+not come was lost with the pipe, which a job may have closed: how that one ended is not known, so it is charged, too.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import msgspec
 
 from workerd import clock, worker
-from workerd.claims import DONE, REVOKED_FROM, SINCE, STARTED
+from workerd.claims import EXPIRED, REVOKED_FROM, SINCE, STARTED, ends
 
 if TYPE_CHECKING:
     from workerd.job import Job
@@ -130,13 +131,15 @@ class Settler:
         self.queue.crashed(job, clock.now())
         self.observer.failed(job, "crashed", CRASHED, duration)
 
-    def catch_up(self, process: WorkerProcess, done: int) -> bool:
-        """Take the jobs up to position `done` for successes, which the worker has not reported yet; False: none are.
+    def catch_up(self, process: WorkerProcess, returned: int, sent: int) -> bool:
+        """Take the jobs up to position `returned` for successes that have not been reported yet; False: there are none.
 
-        `done` was read from its slot before its pipe was read to the end, so that these are successes only, with
-        their results in the outbox. How long each took is an estimate.
+        Both positions were read from its slot (see claims.ends) before its pipe was read to the end, so that these are
+        successes only, with their results in the outbox; or the end that was `sent` is lost, and they are so up to
+        there. How long each took is an estimate.
         """
         holder, found = process.holder, process.channel.outbox.read()
+        done = returned if sent <= holder.reported else min(returned, sent - 1)
         settled = False
         while holder.batches and (count := min(done + 1 - holder.batches[0].first, len(holder.batches[0].jobs))) > 0:
             batch = holder.batches[0]
@@ -158,21 +161,22 @@ class Settler:
     def dead(self, process: WorkerProcess, *, charge: bool) -> Job | None:
         """Settle what a dead worker held; returns the job that it took with it, if one is to be charged."""
         holder, slot = process.holder, process.slot
-        started, done = slot[STARTED], slot[DONE]
+        started, (returned, sent) = slot[STARTED], ends(slot)
         if slot[REVOKED_FROM] == 0 and holder.batches:  # which it never is: a job has written over its worker's claims
-            started, done = holder.batches[0].first, 0
-        if process.broken:
-            # what it reported is lost with its pipe: all that it has begun may have ended in any way
-            while charge and holder.batches and (first := holder.batches[0].first) <= started:
-                self._crash(self.queue.report(holder, first, 1)[0], 0)
-        else:
-            self.catch_up(process, done)
+            started, returned, sent = holder.batches[0].first, 0, 0
+        if process.broken:  # what it reported is lost with its pipe: all that it has begun may have ended in any way
+            returned, sent = 0, started
+        self.catch_up(process, returned, sent)
+        while charge and holder.batches and (first := holder.batches[0].first) <= max(returned, sent):
+            self._crash(self.queue.report(holder, first, 1)[0], 0)  # its end was sent, and has not come
+            self.catch_up(process, returned, sent)
         victim: Job | None = None
-        running = holder.batches and started > done and holder.batches[0].first == started
+        running = holder.batches and started > max(returned, sent) and holder.batches[0].first == started
         if running and charge:
             victim = self.queue.report(holder, started, 1)[0]
             duration = max(0, time.monotonic_ns() - slot[SINCE])
-            if process.expired:
+            if slot[EXPIRED] == started:  # we killed it, or our signal did, since a job has left that at its default
+                process.expired = started
                 self.queue.failed(victim, clock.now())
                 self.observer.failed(victim, "timed_out", KILLED, duration)
             else:

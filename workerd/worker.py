@@ -4,7 +4,8 @@ A worker is forked from the fork server, which has imported the user's class; it
 it is ready, and then runs each batch that comes down its pipe. It writes every job into its slot of the claims
 file before it calls the method. Successes are reported together, a batch at a time, with the results that somebody
 wants, which are in the outbox until then; whatever else a job ends with is sent at once. So a SIGKILL never makes an
-outcome ambiguous.
+outcome ambiguous. A job may close the pipe, and open files that get its number: the worker looks before it reads or
+writes, and leaves where the pipe is not its own any more.
 """
 
 from __future__ import annotations
@@ -15,11 +16,13 @@ import inspect
 import logging
 import os
 import pickle
+import select
 import signal
 import sys
 import threading
 import time
 import traceback
+from _signal import getsignal  # type: ignore[import-not-found]  # signal's own takes 10 us to make an enum of it
 from itertools import repeat
 from typing import TYPE_CHECKING, Any
 
@@ -89,16 +92,26 @@ def _is_method(cls: type, name: str) -> bool:
 
 
 def main(connection: Connection, slot: memoryview, outbox: Outbox, attributes: object, settings: Settings) -> None:
-    """Run jobs until the pipe is closed. `attributes` is the class, or an instance of it."""
+    """Run jobs until the pipe is closed. `attributes` is the class, or an instance of it.
+
+    Raises SystemExit where the worker is of no use, or a job has closed the pipe.
+    """
     worker = Worker(connection, slot, outbox, settings)
     try:
-        instance = attributes() if isinstance(attributes, type) else attributes
-        methods = Methods({name: getattr(instance, name) for name in find_targets(type(instance))})
-    except BaseException as error:
-        worker.send(FAILED, describe(error))
+        try:
+            instance = attributes() if isinstance(attributes, type) else attributes
+            methods = Methods({name: getattr(instance, name) for name in find_targets(type(instance))})
+        except BaseException as error:
+            worker.send(FAILED, describe(error))
+            raise SystemExit(1) from None
+        worker.send(READY, os.getpid())
+        worker.run(methods)
+    except LostPipeError:
         raise SystemExit(1) from None
-    worker.send(READY, os.getpid())
-    worker.run(methods)
+
+
+class LostPipeError(Exception):
+    """The descriptor of the worker's pipe is closed, or is something else by now."""
 
 
 class UnknownTarget(LookupError):  # noqa: N818 - shown to users as the type of the error
@@ -159,23 +172,36 @@ class Worker:
         self._lock = threading.Lock()
         self._decode = msgspec.msgpack.Decoder(tuple[int, Columns]).decode
         self._encode = msgspec.msgpack.Encoder().encode
+        self._descriptor = connection.fileno()
+        self._pipe = self._found()
+        self._readable = select.poll()
+        self._readable.register(self._descriptor, select.POLLIN)
+        self._handler = self._expire
         self.streams: list[JobStream] = []
-        signal.signal(TIMEOUT_SIGNAL, self._expire)
+        signal.signal(TIMEOUT_SIGNAL, self._handler)
         if settings.capture:
             self._capture_output()
 
     def send(self, *message: object) -> None:
-        """Send one message to the pool; a child that a job forked has no part in that conversation."""
+        """Send one message to the pool; a child that a job forked has no part in that conversation.
+
+        Raises LostPipeError.
+        """
         if self.forked:
             return
         with self._lock:
+            self._check_pipe()
             self.connection.send_bytes(MARK + self._encode(message))
 
     def run(self, methods: Methods) -> None:
-        """Run batches until the pool closes the pipe, or is gone."""
+        """Run batches until the pool closes the pipe, or is gone. Raises LostPipeError."""
         with contextlib.suppress(EOFError, OSError):
             while True:
+                self._readable.poll()  # before the check: while it waits, a thread of a job's may close the pipe
+                self._check_pipe()
                 first, columns = self._decode(self.connection.recv_bytes())
+                if getsignal(TIMEOUT_SIGNAL) is not self._handler:  # a job has set it
+                    signal.signal(TIMEOUT_SIGNAL, self._handler)
                 if first >= self.skip_to:
                     fields = [field if isinstance(field, list) else repeat(field) for field in columns]
                     self._run_batch(first, zip(*fields, strict=False), methods)
@@ -221,13 +247,14 @@ class Worker:
                 endings.append((len(durations), *special))
             durations.append(end - begin)
             if special is None or (special[0] == RESULT and self.outbox.put(position, special[1])):
-                slot[claims.DONE] = position
+                slot[claims.RETURNED] = position
                 urgent = end - reported > REPORT_AFTER
             else:
                 urgent = True
             if urgent:
                 self._report(position, reported, durations, endings)
-                slot[claims.DONE] = position
+                if slot[claims.RETURNED] != position:
+                    slot[claims.SENT] = position
                 durations, endings = [], []
                 reported = end
             begin = end
@@ -253,6 +280,18 @@ class Worker:
             self._report(position - 1, reported, durations, endings)
         self.send(STOPPED, position)
 
+    def _found(self) -> tuple[int, int] | None:
+        """What is open where the pipe was at the start: device and inode, None for nothing."""
+        try:
+            found = os.fstat(self._descriptor)
+        except OSError:
+            return None
+        return found.st_dev, found.st_ino
+
+    def _check_pipe(self) -> None:
+        if self._found() != self._pipe:
+            raise LostPipeError
+
     def _expire(self, _number: int, _frame: FrameType | None) -> None:
         # The signal may arrive late: only the job that it was meant for is interrupted.
         if self.running and self.slot[claims.EXPIRED] == self.running:
@@ -277,7 +316,8 @@ class Worker:
             os.write(2, text.encode("utf-8", "backslashreplace") + b"\n")
             return
         text = text[:TEXT_LIMIT].encode("utf-8", "backslashreplace").decode()
-        self.send(OUTPUT, level, text, job and job[0], job and job[1], job and job[2])
+        with contextlib.suppress(LostPipeError):  # its method runs to its end, after which the worker leaves
+            self.send(OUTPUT, level, text, job and job[0], job and job[1], job and job[2])
 
 
 def kind_of(error: BaseException) -> int:

@@ -79,7 +79,8 @@ class Walk:
         slot = memoryview(bytearray(claims.WORDS * 8)).cast("Q")
         slot[claims.REVOKED_FROM] = claims.NEVER
         settings = worker.Settings(capture=False)
-        self.worker = worker.Worker(cast("Any", Nothing()), slot, Outbox(outbox), settings)
+        pipe: Any = type("Pipe", (Nothing,), {"fileno": lambda _self: 0})()  # which the worker looks at
+        self.worker = worker.Worker(pipe, slot, Outbox(outbox), settings)
         os.close(outbox)
         self.methods = worker.Methods({"noop": lambda _arguments: None})
         self.chunk = LINE * JOBS
