@@ -20,7 +20,9 @@ import report  # noqa: E402 - found by way of the line above
 from chart import draw  # noqa: E402 - likewise
 from options import Options  # noqa: E402 - likewise
 
-SECTIONS = ("throughput", "latency", "peer_latency", "scaling", "backlog", "cost", "budget", "startup", "mixed")
+SECTIONS = (
+    *("throughput", "latency", "peer_latency", "scaling", "backlog", "cost", "budget", "startup", "mixed", "failing"),
+)
 
 
 def main() -> None:
