@@ -31,6 +31,7 @@ LAYERS: list[set[str]] = [
         "frames",
         "log",
         "outbox",
+        "ratelimit",
         "output",
         "rows",
         "spoolfile",
@@ -40,7 +41,7 @@ LAYERS: list[set[str]] = [
         *("spool", "writer", "feeder", "session", "flow", "hangups", "socketfile", "metrics", "scrape", "notify"),
         *("worker", "zygote", "forkserver", "channel", "process", "generation", "settle", "dispatcher", "pool"),
     },
-    {"answer", "engine", "admission", "control", "recovery", "reporter", "daemon"},
+    {"answer", "engine", "joblog", "admission", "control", "recovery", "reporter", "daemon"},
     {
         *("cli", "exits", "export", "reports", "submission", "daemonize", "terminal"),
         *("client", "connection", "lines", "pipeline", "replies", "local", "__main__", "__init__"),
@@ -63,6 +64,7 @@ NEIGHBOURS: dict[str, set[str]] = {
     "settle": {"worker", "process"},
     "dispatcher": {"process", "settle"},
     "pool": {"worker", "forkserver", "process", "generation", "settle", "dispatcher"},
+    "engine": {"joblog"},
     "admission": {"answer", "engine"},
     "control": {"admission", "engine"},
     "reporter": {"control"},
@@ -84,7 +86,7 @@ HIGHEST_LAYER_SEEN = dict.fromkeys(("client", "connection", "lines", "pipeline",
 ALONE = {"examples"}
 
 # No clock, no sleep, no I/O: these get all they know passed in.
-PURE = {"errors", "job", "changes", "backlog", "queue", "quotas", "protocol", "frames"}
+PURE = {"errors", "job", "changes", "backlog", "queue", "quotas", "protocol", "frames", "ratelimit"}
 IMPURE = {
     *("asyncio", "datetime", "io", "logging", "multiprocessing", "os", "pathlib", "select", "signal"),
     *("socket", "sqlite3", "subprocess", "threading", "time", "uvloop"),

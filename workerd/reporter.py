@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from workerd.control import Control
     from workerd.errors import SpoolError
+    from workerd.log import Handler
 
 logger = logging.getLogger("workerd")
 
@@ -22,6 +23,7 @@ STATUS_INTERVAL = 1.0  # seconds between two STATUS lines to systemd, while some
 EXTEND_INTERVAL = 5.0  # seconds between two pleas for more time, each for twice as much
 SLOW_COMMIT = 1.0  # seconds after which STATUS tells that the disk is still at a commit ...
 STALLED = 10.0  # ... and after which it is told as a failure
+LOSS_INTERVAL = 1.0  # seconds between two attempts to tell of log records that were lost
 HEALTH_TIMEOUT = 2.0  # seconds within which a healthy event loop answers /healthz
 
 
@@ -38,12 +40,31 @@ class Reporter:
         self.notifier = notify.Notifier()
         self.loop = asyncio.get_running_loop()
         self._status_timer: asyncio.TimerHandle | None = None
+        self._loss_timer: asyncio.TimerHandle | None = None
+        self._lost = 0  # log records, as the metrics have it
 
     def watchdog(self) -> None:
         """Show systemd that the loop turns, now and from now on."""
         if self.notifier.watchdog_interval is not None:
             self.notifier.watchdog()
             self.loop.call_later(self.notifier.watchdog_interval, self.watchdog)
+
+    def watch_log(self, handler: Handler) -> None:
+        """See to it that lost log records are told of, and count them; nothing is done while none are lost."""
+
+        def look() -> None:
+            self._loss_timer = None
+            told = handler.tell_lost()
+            self.metrics.log_lost("refused", handler.lost - self._lost)
+            self._lost = handler.lost
+            if not told:
+                look_later()
+
+        def look_later() -> None:
+            if self._loss_timer is None:
+                self._loss_timer = self.loop.call_later(LOSS_INTERVAL, look)
+
+        handler.on_loss = lambda: self.loop.call_soon_threadsafe(look_later)
 
     @contextlib.contextmanager
     def more_time(self) -> Iterator[None]:
