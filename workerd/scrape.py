@@ -42,7 +42,7 @@ logger = logging.getLogger("workerd")
 
 TIMEOUT = 10.0  # seconds a client may take to send its request, and to read the answer
 MAX_CONNECTIONS = 256
-ACCEPTS = 8  # connections that are taken in each ...
+ACCEPTS = 16  # connections that are taken in each ...
 TURN = 0.005  # ... so many seconds, at most
 BACKLOG = 1024  # connections that wait in the kernel meanwhile
 MAX_HEAD = 16 * 1024  # bytes of a request
@@ -384,9 +384,8 @@ class Server:
     def close(self) -> None:
         """Cut off all; `serve` has ended."""
         self._socket.close()
-        for client in [*self._silent.values(), *self._sending.values(), *sum(self._waiting.values(), [])]:
-            client.close()
-        for _, clients, _ in self._made:
+        late = (clients for _, clients, _ in self._made)
+        for clients in (self._silent.values(), self._sending.values(), *self._waiting.values(), *late):
             for client in clients:
                 client.close()
         self._poll.close()
