@@ -34,6 +34,7 @@ LAYERS: list[set[str]] = [
         "frames",
         "log",
         "outbox",
+        "ratelimit",
         "output",
         "rows",
         "spoolfile",
@@ -68,7 +69,7 @@ LAYERS: list[set[str]] = [
             "starts",
         ),
     },
-    {"answer", "engine", "admission", "deadjobs", "control", "recovery", "reporter", "daemon"},
+    {"answer", "engine", "joblog", "admission", "deadjobs", "control", "recovery", "reporter", "daemon"},
     {
         *("cli", "check", "exits", "export", "reports", "submission", "daemonize", "terminal"),
         *("client", "connection", "lines", "pipeline", "replies", "local", "__main__", "__init__"),
@@ -97,6 +98,7 @@ NEIGHBOURS: dict[str, set[str]] = {
     "settle": {"worker", "process"},
     "dispatcher": {"process", "settle"},
     "pool": {"worker", "forkserver", "process", "generation", "settle", "dispatcher", "starts"},
+    "engine": {"joblog"},
     "admission": {"answer", "engine"},
     "deadjobs": {"admission", "engine"},
     "control": {"admission", "deadjobs", "engine"},
@@ -132,6 +134,7 @@ PURE = {
     "deadcounts",
     "protocol",
     "frames",
+    "ratelimit",
 }
 IMPURE = {
     *("asyncio", "datetime", "io", "logging", "multiprocessing", "os", "pathlib", "select", "signal"),

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from daemon_process import wait_until
 from hypothesis import given
 from hypothesis import strategies as st
 from journal import fields
@@ -196,6 +197,130 @@ def test_stuck_journald_never_blocks(journal: socket.socket) -> None:
         r"^<4>\d+ log records were lost: standard error did not take them\n<6>the last$", output, re.MULTILINE
     )
     assert decode(journal.recv(65536))["MESSAGE"].startswith("record 0 ")
+
+
+def drain(sock: socket.socket) -> list[dict[str, str]]:
+    """All records that have come."""
+    found = []
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            found.append(decode(sock.recv(2**20)))
+    return found
+
+
+@contextlib.contextmanager
+def deaf_stderr() -> Iterator[None]:
+    """Standard error is meanwhile a stream that nobody reads, and that is full."""
+    before = os.dup(2)
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        os.dup2(ours.fileno(), 2)
+        try:
+            with contextlib.suppress(BlockingIOError):
+                while ours.send(b"x" * 4096, socket.MSG_DONTWAIT):
+                    pass
+            yield
+        finally:
+            os.dup2(before, 2)
+            os.close(before)
+
+
+@pytest.mark.parametrize("way", ["the next record", "the timer"])
+def test_the_journal_is_told_what_it_lost(journal: socket.socket, way: str) -> None:
+    """Records that neither a full journal nor standard error took are told of, with their number, as soon as the
+    journal takes records again: before the next one, or, where nothing else is logged, by `tell_lost`; once.
+    """
+    with handler_for(journal.getsockname()) as logger, deaf_stderr():
+        (handler,) = logger.handlers
+        assert isinstance(handler, log.Handler)
+        lost: list[int] = []
+        handler.on_loss = lambda: lost.append(handler.lost)
+        assert handler.tell_lost()
+        sent = 0
+        while handler.lost < 3:
+            logger.info("record %d", sent)
+            sent += 1
+        assert lost == [1]
+        assert not handler.tell_lost()
+        assert handler.lost == 3
+        assert [record["MESSAGE"] for record in drain(journal)] == [f"record {n}" for n in range(sent - 3)]
+        if way == "the timer":
+            assert handler.tell_lost()
+            assert handler.tell_lost()
+        logger.info("the next")
+        logger.info("and one more")
+        word, *rest = drain(journal)
+        assert word["MESSAGE"] == "3 log records were lost: the journal did not take them"
+        assert (word["PRIORITY"], word["MESSAGE_ID"]) == ("4", log.EVENTS["log_lost"])
+        assert [record["MESSAGE"] for record in rest] == ["the next", "and one more"]
+        assert lost == [1]
+
+
+IN_A_DAEMON_THAT_SLEEPS = """
+import asyncio, logging, os, socket, sys
+from workerd import log, metrics, reporter
+
+log.JOURNAL = sys.argv[1]
+ours, theirs = socket.socketpair()
+os.dup2(ours.fileno(), 2)
+status = os.fstat(2)
+os.environ["JOURNAL_STREAM"] = f"{status.st_dev}:{status.st_ino}"
+reporter.LOSS_INTERVAL = 0.01
+
+async def main():
+    counters = metrics.Metrics((), "1")
+    handler = log.setup("info")
+    reporter.Reporter(counters).watch_log(handler)
+    logger = logging.getLogger("workerd")
+    while handler.lost < 5:
+        logger.info("x" * 1000)
+    print("lost", flush=True)
+    while True:
+        await asyncio.sleep(0.01)
+        if counters.registry.get_sample_value("workerd_log_records_lost_total", {"reason": "refused"}) == 5:
+            print("counted", flush=True)
+            break
+    await asyncio.to_thread(sys.stdin.read)
+
+asyncio.run(main())
+"""
+
+
+def test_a_daemon_that_logs_nothing_tells_what_was_lost(journal: socket.socket) -> None:
+    """Lost records are told of and counted while the daemon has nothing else to log, once the journal is read again."""
+    command = [sys.executable, "-c", IN_A_DAEMON_THAT_SLEEPS, journal.getsockname()]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, cwd=ROOT, stdin=pipe, stdout=pipe, text=True) as process:
+        assert process.stdout is not None
+        assert [process.stdout.readline() for _ in range(2)] == ["lost\n", "counted\n"]
+        found: list[dict[str, str]] = []
+
+        def told() -> bool:
+            found.extend(drain(journal))
+            return any(record.get("WORKERD_EVENT") == "log_lost" for record in found)
+
+        wait_until(told)
+        assert found[-1]["MESSAGE"] == "5 log records were lost: the journal did not take them"
+        process.communicate()
+    assert process.returncode == 0
+
+
+def old_escape(text: str) -> str:
+    """What `escape` promises, character by character."""
+    return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
+
+
+@given(st.one_of(st.text(), st.text("\\nt'\"\n\t\r\x1b\0ux0\u200b\u00e9\ud800\U000e0041")))
+def test_escape_is_exact(text: str) -> None:
+    """Just what is neither printable nor a newline or tab is shown as Python would write it; all else stays."""
+    assert log.escape(text) == old_escape(text)
+
+
+def test_escape_knows_every_character() -> None:
+    """Each character there is, between two others."""
+    for first in range(0, 0x110000, 0x1000):
+        text = "'".join(map(chr, range(first, first + 0x1000)))
+        assert log.escape(text) == old_escape(text)
 
 
 def test_stderr_line(capfd: pytest.CaptureFixture[str]) -> None:

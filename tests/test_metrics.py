@@ -23,7 +23,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from workerd import metrics
 from workerd.errors import Code
-from workerd.metrics import BUCKETS, Histogram, Metrics, Snapshot
+from workerd.metrics import BUCKETS, LOSSES, Histogram, Metrics, Snapshot
 
 NOW = Snapshot(
     jobs={"ready": 3, "scheduled": 2, "running": 1, "dead": 4},
@@ -74,6 +74,8 @@ def test_all_known_series_are_there_at_zero() -> None:
         assert value(series, "workerd_jobs_rejected_total", reason=code) == 0
     for reason in ("retired", "exited", "killed", "timed_out", "start_failed"):
         assert value(series, "workerd_worker_exits_total", reason=reason) == 0
+    for reason in LOSSES:
+        assert value(series, "workerd_log_records_lost_total", reason=reason) == 0
     assert value(series, "workerd_spool_commit_seconds_count") == 0
     assert value(series, "workerd_config_last_reload_successful") == 1
     assert value(series, "workerd_build_info", version="1.2.3") == 1

@@ -9,7 +9,8 @@ import logging
 import select
 import socket
 import threading
-from typing import TYPE_CHECKING, Any
+from collections import deque
+from typing import TYPE_CHECKING
 
 import pytest
 from daemon_process import wait_until
@@ -34,8 +35,11 @@ class Service:
         self.metrics = Metrics(["resize"], "1.2.3")
         sock = scrape.bind("127.0.0.1", 0)
         self.address: tuple[str, int] = sock.getsockname()
-        self.server = scrape.MetricsServer(sock, self.metrics.registry, lambda: self.healthy, lambda: self.ready)
+        self.server = scrape.MetricsServer(sock, self.metrics.registry, lambda *_: self.check(), lambda: self.ready)
         self.server.start()
+
+    def check(self) -> tuple[bool, str]:
+        return self.healthy
 
     def ask(self, path: str, method: str = "GET", **headers: str) -> tuple[int, http.client.HTTPMessage, bytes]:
         connection = http.client.HTTPConnection(self.address[0], self.address[1], timeout=TIMEOUT)
@@ -144,22 +148,15 @@ def test_odd_versions_are_no_errors(
 def test_a_flood_is_answered_at_a_pace(monkeypatch: pytest.MonkeyPatch) -> None:
     """Some answers are given at once, those that are asked for on top of them later; that does not delay a stop."""
     service = Service()
-    waits: list[Any] = []
-    wait = select.select
-
-    def note(*arguments: Any) -> Any:
-        waits.append(arguments)
-        return wait(*arguments)
-
     monkeypatch.setattr(scrape, "PACE", 3600.0)
-    monkeypatch.setattr(select, "select", note)
     try:
         for _ in range(scrape.BURST):
             assert service.ask("/healthz")[0] == 200
         late = [service.connect() for _ in range(scrape.BURST // 2)]
         for sock in late:
             sock.sendall(b"GET /healthz HTTP/1.1\r\n\r\n")
-        wait_until(lambda: waits, "the next is not served yet")
+        assert service.ask("/nothing")[0] == 404  # it came after them
+        assert not select.select(late, [], [], 0)[0]
     finally:
         service.server.stop()
     for sock in late:
@@ -181,9 +178,95 @@ def test_slow_clients_do_not_pile_up(service: Service, monkeypatch: pytest.Monke
             sock.close()
 
 
+@contextlib.contextmanager
+def flood(service: Service, request: bytes) -> Iterator[None]:
+    """Meanwhile somebody connects some 500 times a second, sends this, and keeps the newest without reading."""
+    over = threading.Event()
+    held: deque[socket.socket] = deque()
+    made = [0]
+
+    def run() -> None:
+        while not over.wait(0.002):
+            with contextlib.suppress(OSError):
+                held.append(socket.socket())
+                held[-1].setblocking(False)  # or it would wait while the server is slow
+                held[-1].connect_ex(service.address)
+                held[-1].send(request)
+            made[0] += 1
+            if len(held) > 2 * scrape.MAX_CONNECTIONS:
+                held.popleft().close()
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    try:
+        wait_until(lambda: made[0] > scrape.MAX_CONNECTIONS, "the flood is there")
+        yield
+    finally:
+        over.set()
+        thread.join()
+        for sock in held:
+            sock.close()
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [b"", b"GET /metrics", b"GET /metrics HTTP/1.1\r\n", b"GET /metrics HTTP/1.1\r\n\r\n", b"GET / HTTP/1.1\r\n\r\n"],
+    ids=["nothing", "a part", "a line", "a scrape", "nonsense"],
+)
+def test_a_flood_blinds_nobody(service: Service, request_: bytes) -> None:
+    """However fast somebody connects, and says nothing, or asks, and does not read: each scrape and each check of
+    others is answered.
+    """
+    with flood(service, request_):
+        for _ in range(20):
+            for path in ("/metrics", "/healthz", "/readyz"):
+                assert service.ask(path)[0] == 200
+
+
+def test_the_silent_are_cut_off_first(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who has sent a request, and waits for the pace, is kept while those who have not are cut off."""
+    monkeypatch.setattr(scrape, "PACE", 3600.0)
+    for _ in range(scrape.BURST):
+        service.ask("/healthz")
+    with contextlib.ExitStack() as stack:
+        waiting = stack.enter_context(service.connect())
+        waiting.sendall(b"GET /healthz HTTP/1.1\r\n\r\n")
+        assert service.ask("/nothing")[0] == 404  # it came after that
+        silent = [stack.enter_context(service.connect()) for _ in range(2 * scrape.MAX_CONNECTIONS)]
+        assert silent[0].recv(1) == b""
+        assert not select.select([waiting], [], [], 0)[0]
+
+
+def test_who_wants_the_same_gets_it_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An answer is begun after the last request that it is for, and made once for all of those that wait."""
+    service = Service()
+    may, asked = threading.Event(), [0]
+
+    def check() -> tuple[bool, str]:
+        asked[0] += 1
+        may.wait(TIMEOUT)
+        return True, f"check {asked[0]}"
+
+    monkeypatch.setattr(service, "check", check)
+    crowd: list[socket.socket] = []
+    try:
+        for n in range(50):
+            crowd.append(service.connect())
+            crowd[-1].sendall(b"GET /healthz HTTP/1.1\r\n\r\n")
+            wait_until(lambda: asked[0], f"request {n} began a check")
+        assert service.ask("/nothing")[0] == 404  # it came after them
+        may.set()
+        answers = [sock.makefile("rb").read().rpartition(b"\r\n")[2] for sock in crowd]
+        assert answers == [b"check 1\n", *[b"check 2\n"] * 49]
+    finally:
+        for sock in crowd:
+            sock.close()
+        service.server.stop()
+
+
 def test_silent_client_is_timed_out(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
     """A client that connects and says nothing is let go of after a while, without a word on standard error."""
-    monkeypatch.setattr(scrape.RequestHandler, "timeout", 0.05)
+    monkeypatch.setattr(scrape, "TIMEOUT", 0.05)
     with service.connect() as sock:
         assert sock.recv(1) == b""
 

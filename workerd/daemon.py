@@ -53,7 +53,6 @@ def run(config_path: Path, on_ready: Callable[[], None] | None = None) -> int:
     """Run the daemon until it is told to stop; returns its exit status. Raises WorkerdError if it cannot start."""
     early.taken()  # a reload that was asked for until now is done by what follows
     settings = config.load(config_path)
-    log.setup(settings.log.level)
     sys.setswitchinterval(SWITCH_INTERVAL)
     keep_memory()
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
@@ -87,6 +86,7 @@ class Daemon:
         self._loop.set_exception_handler(log.defect)
         self.metrics = metrics.Metrics((), __version__)
         self.reporter = Reporter(self.metrics)
+        self.reporter.watch_log(log.setup(self.settings.log.level))
         for number in (signal.SIGTERM, signal.SIGINT):
             self._loop.add_signal_handler(number, self._stop.set)
         self._loop.add_signal_handler(signal.SIGHUP, self._reload.set)

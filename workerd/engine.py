@@ -16,6 +16,7 @@ import msgspec
 from workerd import clock, protocol
 from workerd.errors import SpoolError
 from workerd.job import Job, State
+from workerd.joblog import JobLog, about
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from workerd.backlog import Refill
     from workerd.changes import Dead
     from workerd.deadcounts import DeadCounts
+    from workerd.job import Submitter
     from workerd.metrics import Metrics
     from workerd.pool import Pool
     from workerd.queue import JobQueue
@@ -45,6 +47,7 @@ class Engine:
         self.queue = queue
         self.writer = writer
         self.metrics = metrics
+        self.log = JobLog(metrics)
         self.prefix = f"{writer.spool.identity}-"  # what the ids of this spool begin with
         self.next_seq = writer.spool.first_seq
         self.waiters: dict[int, Reply] = {}  # by seq: who waits for a job that is only in the spool at present
@@ -61,10 +64,7 @@ class Engine:
 
     def _about(self, job: Job, event: str) -> dict[str, object]:
         """What the log is told beside the message."""
-        about: dict[str, object] = {"job": self.job_id(job.seq, job.key), "target": job.target, "event": event}
-        if job.submitter is not None:
-            about |= {"uid": job.submitter.uid, "pid": job.submitter.pid}
-        return about
+        return about(self.job_id(job.seq, job.key), job.target, job.submitter, event)
 
     def oldest_ready(self) -> float | None:
         """Since when, by the host's clock, the job has been ready that has waited longest."""
@@ -114,23 +114,9 @@ class Engine:
             self.metrics.retried(job.target, 1)
             if job.stored:
                 self.writer.changes.update(job)
-            wait = job.ready_at - clock.now()
-            log.warning(
-                "%s, to be run again in %.1f s: %s",
-                summary(reason, job, details),
-                max(0.0, wait),
-                details["message"],
-                extra=self._about(job, "job_retried"),
-            )
-            return
-        self.bury(job, details)
-        log.error(
-            "%s, dead: %s\n%s",
-            summary(reason, job, details),
-            details["message"],
-            details["traceback"],
-            extra=self._about(job, "job_dead"),
-        )
+        else:
+            self.bury(job, details)
+        self.log.failed(job, self.job_id(job.seq, job.key), details, job.ready_at - clock.now())
 
     def bury(self, job: Job, details: dict[str, str]) -> None:
         """A job is dead: keep it with its error, and tell who waits for it."""
@@ -152,11 +138,11 @@ class Engine:
             reply.add_results(lines, dead=dead)
             reply.session.await_result(-count)
 
-    def output(self, worker: int, level: int, text: str, job: tuple[int, str | None, str] | None) -> None:
-        extra: dict[str, object] = {"worker": worker, "event": "worker_output"}
-        if job is not None:
-            extra |= {"job": self.job_id(job[0], job[1]), "target": job[2]}
-        log.log(level, "%s", text, extra=extra)
+    def output(
+        self, worker: int, level: int, text: str, job: tuple[int, str | None, str] | None, submitter: Submitter | None
+    ) -> None:
+        named = None if job is None else (self.job_id(job[0], job[1]), job[2])
+        self.log.output(worker, level, text, named, submitter)
 
     def worker_exited(self, worker: int, reason: str, status: int, job: Job | None) -> None:
         self.metrics.worker_exit(reason)
@@ -238,11 +224,3 @@ class Engine:
             await asyncio.sleep(EMPTY_REFILL)
         self.pool.dispatch()
         self.settled()
-
-
-def summary(reason: str, job: Job, details: dict[str, str]) -> str:
-    """How a job ended, in a few words."""
-    if reason == "crashed":
-        return f"crashed its worker (crash {job.crashes} of {job.options.max_crashes})"
-    how = "timed out" if reason == "timed_out" else f"raised {details['type']}"
-    return f"{how} (attempt {job.attempts} of {job.options.max_attempts})"

@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from multiprocessing.connection import Connection
 
+    from workerd.job import Submitter
+
 UNLIMITED = float("inf")
 
 PUT, RETIRE, JOIN, FINISH = range(4)  # messages to the supervisor
@@ -269,7 +271,9 @@ class Supervisor:
             sys.stderr.write(details["traceback"])
             sys.stderr.flush()
 
-    def output(self, worker: int, level: int, text: str, job: tuple[int, str | None, str] | None) -> None:
+    def output(
+        self, worker: int, level: int, text: str, job: tuple[int, str | None, str] | None, submitter: Submitter | None
+    ) -> None:
         sys.stderr.write(f"{text}\n")
 
     def worker_exited(self, worker: int, reason: str, status: int, job: Job | None) -> None:

@@ -24,7 +24,7 @@ import time
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
 # What a record's `extra` may hold, and the journal's name for it.
 FIELDS = {
@@ -56,6 +56,8 @@ EVENTS = {
     "spool_upgraded": "8c62f5087cab41e6ba30de2fdaa1421b",
     "spool_quarantined": "caaf094d80fc46b280e591c881ef6079",
     "access_denied": "b3333b4a5db44d39b14c5850903e9f43",
+    "log_lost": "bdc34bab0fc44d32af79be65b5f637f4",
+    "log_limited": "1426d25402e64396aa50ef2a8a3ab5a8",
 }
 
 LEVELS = ((50, "critical", 2), (40, "error", 3), (30, "warning", 4), (20, "info", 6))  # from; name; syslog's number
@@ -67,14 +69,13 @@ SEND_BUFFER = 8 * 2**20  # bytes, as libsystemd asks for: a burst of records fit
 F_ADD_SEALS = 1033
 ALL_SEALS = 0x0F  # seal, shrink, grow, write: the journal takes no file that could still change
 
-UNUSUAL = re.compile(r"[^\n\t -~]")
 PLAIN = re.compile(r"[\w.:/@+%-]+\Z", re.ASCII)  # a value that needs no quotes
 
 
-def setup(level: str) -> None:
+def setup(level: str) -> Handler:
     """Send the package's records, and asyncio's, where they belong; from `level` (debug, info, warning, error) up.
 
-    May be called again: then only the level changes.
+    Returns who sends them. May be called again: then only the level changes.
     """
     logger = logging.getLogger("workerd")
     handler = next((known for known in logger.handlers if isinstance(known, Handler)), None)
@@ -84,6 +85,7 @@ def setup(level: str) -> None:
             logging.getLogger(name).addHandler(handler)
             logging.getLogger(name).propagate = False
     logger.setLevel(level.upper())
+    return handler
 
 
 def stderr_is_journal(environ: Mapping[str, str]) -> bool:
@@ -138,37 +140,74 @@ def encode_field(name: str, value: str) -> bytes:
 
 
 class Handler(logging.Handler):
-    """Writes records to the journal, or, without one, to standard error."""
+    """Writes records to the journal, or, without one, to standard error.
+
+    What neither takes is counted in `lost`, and told as soon as one of them takes something again: before the next
+    record, or by `tell_lost`. Set `on_loss` to be called at the first loss of some, on whatever thread that is.
+    """
 
     def __init__(self, journal: Journal | None) -> None:
         super().__init__()
         self._journal = journal
-        self._lost = 0
+        self._untold = 0
+        self.lost = 0  # records, so far
+        self.on_loss: Callable[[], object] = lambda: None
 
     def emit(self, record: logging.LogRecord) -> None:
         with contextlib.suppress(Exception):
-            text = message(record)
-            name, priority = level_of(record.levelno)
-            if self._journal is None:
-                self._write(f"{timestamp(record)} {name:<5} {line(record, text)}\n")
-                return
             try:
-                self._journal.send(journal_fields(record, text, priority))
-            except Exception:
-                # systemd reads a priority at the start of each line, and a line is all that it makes a record of
-                lines = line(record, text).split("\n")
-                self._write("".join(f"<{priority}>{part}\n" for part in lines))
+                self._emit(record)
+            except OSError:
+                self.lost += 1
+                self._untold += 1
+                if self._untold == 1:
+                    self.on_loss()
+
+    def _emit(self, record: logging.LogRecord) -> None:
+        text = message(record)
+        name, priority = level_of(record.levelno)
+        if self._journal is None:
+            self._write(f"{timestamp(record)} {name:<5} {line(record, text)}\n")
+            return
+        try:
+            self._tell_journal(self._journal)
+            self._journal.send(journal_fields(record, text, priority))
+        except Exception:
+            # systemd reads a priority at the start of each line, and a line is all that it makes a record of
+            lines = line(record, text).split("\n")
+            self._write("".join(f"<{priority}>{part}\n" for part in lines))
+
+    def tell_lost(self) -> bool:
+        """Try once more to tell how many records were lost; whether all is told."""
+        self.acquire()
+        try:
+            if self._journal is not None:
+                with contextlib.suppress(OSError):
+                    self._tell_journal(self._journal)
+            if self._untold:
+                with contextlib.suppress(OSError):
+                    self._write("")
+            return not self._untold
+        finally:
+            self.release()
+
+    def _tell_journal(self, journal: Journal) -> None:
+        """If records were lost, tell the journal. Raises OSError."""
+        if self._untold:
+            text = f"{self._untold} log records were lost: the journal did not take them"
+            found = logging.LogRecord("workerd", logging.WARNING, __file__, 0, text, None, None, "tell_lost")
+            found.event = "log_lost"
+            journal.send(journal_fields(found, text, level_of(found.levelno)[1]))
+            self._untold = 0
 
     def _write(self, text: str) -> None:
-        if self._lost:
-            note = f"{self._lost} log records were lost: standard error did not take them"
+        """Write to standard error, after word of what was lost. Raises OSError."""
+        if self._untold:
+            note = f"{self._untold} log records were lost: standard error did not take them"
             # the newline ends what was written in part
             text = (f"\n<4>{note}\n" if self._journal else f"{note}\n") + text
-        try:
-            write_stderr(text.encode("utf-8", "backslashreplace"), wait=self._journal is None)
-            self._lost = 0
-        except OSError:
-            self._lost += 1
+        write_stderr(text.encode("utf-8", "backslashreplace"), wait=self._journal is None)
+        self._untold = 0
 
     def close(self) -> None:
         if self._journal is not None:
@@ -213,9 +252,12 @@ def escape(text: str) -> str:
     """Show what a terminal would obey, what would look like the end of a line, and what nobody would see (formats, as
     they turn the direction of text or join letters, make one id look like another); newlines and tabs stay.
     """
-    if text.replace("\n", "").replace("\t", "").isprintable():  # much quicker
+    if text.replace("\n", "").replace("\t", "").isprintable():  # quicker still
         return text
-    return UNUSUAL.sub(lambda match: match[0] if match[0].isprintable() else ascii(match[0])[1:-1], text)
+    # repr() escapes these, all at once in C, and four more, which are put back: a backslash first, by way of a
+    # character that repr() leaves none of, so that each of the others is known by the one before it
+    shown = repr(text)[1:-1].replace("\\\\", "\0")
+    return shown.replace("\\n", "\n").replace("\\t", "\t").replace("\\'", "'").replace("\0", "\\")
 
 
 def line(record: logging.LogRecord, text: str) -> str:

@@ -34,6 +34,7 @@ OUTCOMES = ("succeeded", "failed", "timed_out", "crashed")
 JOB_STATES = ("ready", "scheduled", "running", "dead")
 WORKER_STATES = ("starting", "idle", "busy", "retiring")
 EXIT_REASONS = ("retired", "exited", "killed", "timed_out", "start_failed")
+LOSSES = ("refused", "limited")
 UNKNOWN = "unknown"  # the label of every target that no generation of the class has had
 
 # Upper bounds in seconds, from 100 us to 1 h.
@@ -119,6 +120,7 @@ class Metrics(Collector):
         self._targets = {UNKNOWN: self._unknown}
         self._rejected: dict[str, int] = {code.value: 0 for code in Code}
         self._exits = dict.fromkeys(EXIT_REASONS, 0)
+        self._log_lost = dict.fromkeys(LOSSES, 0)
         self._commits = Histogram(1)
         self._reload = (True, time.time())
         self.set_targets(targets)
@@ -159,6 +161,10 @@ class Metrics(Collector):
     def worker_exit(self, reason: str) -> None:
         """A worker is gone, for one of `EXIT_REASONS`."""
         self._exits[reason] = self._exits.get(reason, 0) + 1
+
+    def log_lost(self, reason: str, n: int) -> None:
+        """Records are not in the log, for one of `LOSSES`."""
+        self._log_lost[reason] += n
 
     def commit(self, seconds: float) -> None:
         """The spool has committed a batch."""
@@ -204,6 +210,8 @@ class Metrics(Collector):
         yield GaugeMetricFamily(f"{name}_timestamp_seconds", "When the configuration was last loaded, or tried.", at)
         yield counter("workerd_jobs_rejected", "Refused requests, by error code.", "reason", self._rejected)
         yield counter("workerd_worker_exits", "Workers that are gone, by reason.", "reason", self._exits)
+        text = "Records that are not in the log: refused by it, or beyond a user's share."
+        yield counter("workerd_log_records_lost", text, "reason", self._log_lost)
         commits = HistogramMetricFamily(
             "workerd_spool_commit_seconds", "Duration of a commit of the spool, which holds a whole batch.", labels=[]
         )

@@ -188,7 +188,8 @@ class Pool:
             self._settler.outcomes(process, *message[1:])
         elif kind == worker.OUTPUT:
             level, text, seq, key, target = message[1:]
-            self.observer.output(process.number, level, text, None if seq is None else (seq, key, target))
+            about = None if seq is None else (seq, key, target)
+            self.observer.output(process.number, level, text, about, process.submitter_of(seq))
         elif kind == worker.STOPPED:
             process.revocation_over()
             self.queue.release(process.holder, message[1] - 1)
@@ -232,7 +233,7 @@ class Pool:
             running = process.running()
             job = running[1] if running else process.latest
             about = (job.seq, job.key, job.target) if job else None
-            self.observer.output(process.number, logging.WARNING, text, about)
+            self.observer.output(process.number, logging.WARNING, text, about, job.submitter if job else None)
 
     # --- work goes out ------------------------------------------------------------------------------------
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import asyncio
     from collections.abc import Callable
 
-    from workerd.job import Job
+    from workerd.job import Job, Submitter
 
 logger = logging.getLogger("workerd")
 
@@ -155,6 +155,14 @@ class WorkerProcess:
             if batch.first <= position < batch.first + len(batch.jobs):
                 return position, batch.jobs[position - batch.first], (time.monotonic_ns() - since) / 1e9
         return None
+
+    def submitter_of(self, seq: int | None) -> Submitter | None:
+        """Whose the job is, if it is one that it holds, or the latest that it ran."""
+        if self.holder.batches:  # a line comes before the report on its job, so that is in the first batch
+            for job in self.holder.batches[0].jobs:
+                if job.seq == seq:
+                    return job.submitter
+        return self.latest.submitter if self.latest is not None and self.latest.seq == seq else None
 
     def unstarted(self) -> int:
         """How many of the jobs that it holds it has not begun."""

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from workerd.claims import Claims
     from workerd.control import Control
     from workerd.errors import SpoolError
+    from workerd.log import Handler
 
 logger = logging.getLogger("workerd")
 
@@ -24,6 +25,7 @@ EXTEND_INTERVAL = 5.0  # seconds between two pleas for more time, each for twice
 SLOW_COMMIT = 1.0  # seconds after which STATUS tells that the disk is still at a commit ...
 STALLED = 10.0  # ... and after which it is told as a failure
 MOST_LATE = 2.0  # seconds since it was last looked at a commit that count: beyond these the loop itself stood still
+LOSS_INTERVAL = 1.0  # seconds between two attempts to tell of log records that were lost
 HEALTH_TIMEOUT = 2.0  # seconds within which a healthy event loop answers /healthz
 
 
@@ -41,14 +43,13 @@ class Reporter:
         self.notifier = notify.Notifier()
         self.loop = asyncio.get_running_loop()
         self._status_timer: asyncio.TimerHandle | None = None
-        self._seen: tuple[float | None, float, float] = (
-            None,
-            0.0,
-            0.0,
-        )  # a commit, by its begin; when; seconds until then
+        # a commit, by its begin; when it was looked at; seconds until then
+        self._seen: tuple[float | None, float, float] = (None, 0.0, 0.0)
         self._claims: Claims | None = None
         self._sign = (0, 0)  # the last one of life, see Claims.sign
         self._signing: asyncio.Future[None] | None = None
+        self._loss_timer: asyncio.TimerHandle | None = None
+        self._lost = 0  # log records, as the metrics have it
 
     def watchdog(self) -> None:
         """Show systemd that the loop turns, now and from now on."""
@@ -76,6 +77,23 @@ class Reporter:
 
         # in a thread: a disk that does not come back must not stop the loop, which is what this is about
         self._signing = self.loop.run_in_executor(None, note)
+
+    def watch_log(self, handler: Handler) -> None:
+        """See to it that lost log records are told of, and count them; nothing is done while none are lost."""
+
+        def look() -> None:
+            self._loss_timer = None
+            told = handler.tell_lost()
+            self.metrics.log_lost("refused", handler.lost - self._lost)
+            self._lost = handler.lost
+            if not told:
+                look_later()
+
+        def look_later() -> None:
+            if self._loss_timer is None:
+                self._loss_timer = self.loop.call_later(LOSS_INTERVAL, look)
+
+        handler.on_loss = lambda: self.loop.call_soon_threadsafe(look_later)
 
     @contextlib.contextmanager
     def more_time(self) -> Iterator[None]:

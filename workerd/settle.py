@@ -16,7 +16,7 @@ from workerd import clock, worker
 from workerd.claims import EXPIRED, REVOKED_FROM, SINCE, STARTED, ends
 
 if TYPE_CHECKING:
-    from workerd.job import Job
+    from workerd.job import Job, Submitter
     from workerd.process import WorkerProcess
     from workerd.queue import JobQueue
 
@@ -51,8 +51,10 @@ class Observer(Protocol):
     def failed(self, job: Job, reason: str, error: bytes, duration: int) -> None:
         """A job failed, timed_out or crashed, which is `reason`; its state says whether it is tried again."""
 
-    def output(self, worker: int, level: int, text: str, job: tuple[int, str | None, str] | None) -> None:
-        """A line of a worker's output; `job` is seq, client's id and target."""
+    def output(
+        self, worker: int, level: int, text: str, job: tuple[int, str | None, str] | None, submitter: Submitter | None
+    ) -> None:
+        """A line of a worker's output; `job` is seq, client's id and target; whose it is, if that is known."""
 
     def worker_exited(self, worker: int, reason: str, status: int, job: Job | None) -> None:
         """A worker is gone; `job` is the one that it took with it."""

@@ -21,7 +21,7 @@ from chart import draw  # noqa: E402 - likewise
 from options import Options  # noqa: E402 - likewise
 
 SECTIONS = ("throughput", "latency", "peer_latency", "scaling", "backlog", "cost", "budget", "startup", "mixed")
-ON_DEMAND = ("dead", "refusal")  # only where they are asked for: not among the published figures
+ON_DEMAND = ("dead", "failing", "refusal")  # only where they are asked for: not among the published figures
 
 
 def main() -> None:

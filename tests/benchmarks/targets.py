@@ -38,6 +38,16 @@ class Targets(Noop):
 
     slow_work = work  # another target by name, so that the daemon can learn that its jobs are slow
 
+    def fail(self, arguments: tuple[str, int]) -> None:
+        """Raise a text of so many of a character."""
+        character, length = arguments
+        raise ValueError(character * length)
+
+    def say(self, arguments: tuple[str, int]) -> None:
+        """Print a text of so many of a character."""
+        character, length = arguments
+        print(character * length)
+
     def hold(self, path: str) -> None:
         """Keep the worker busy until there is such a file."""
         while not os.path.exists(path):

@@ -150,6 +150,25 @@ def test_submit_and_metric(service: Service) -> None:
     assert service.metric("process_resident_memory_bytes") > 0
 
 
+def test_the_journal_is_told_what_it_lost(service: Service) -> None:
+    """While journald is stopped, jobs that print end all the same; once it goes on, it is told how many records it did
+    not take, though nothing else is logged.
+    """
+    service.drop_in("LogRateLimitIntervalSec=0")  # journald's own, which would be told of by journald
+    service.machine.run(f"systemctl restart {UNIT}")
+    journald = service.machine.output("pgrep --exact systemd-journal")
+    service.machine.run(f"kill -STOP {journald}")
+    try:
+        for _ in range(20):
+            assert service.work("say", "x\n" * 1500)["status"] == "succeeded"
+    finally:
+        service.machine.run(f"kill -CONT {journald}")
+    (record,) = wait_until(lambda: service.records("WORKERD_EVENT=log_lost", f"_PID={service.pid}"))
+    lost = re.fullmatch(r"(\d+) log records were lost: the journal did not take them", record["MESSAGE"])
+    assert lost
+    assert service.metric("workerd_log_records_lost_total", reason="refused") == int(lost[1])
+
+
 def test_journal_finds_a_job(service: Service) -> None:
     """What a job prints is in the journal under its id, target and worker."""
     service.work("say", "found me", id="find-me")
