@@ -154,17 +154,16 @@ def test_two_at_once(service: Service) -> None:
     machine = service.machine
     pid = service.pid
     first = machine.popen("exec flock /run/workerd-install.lock sh -c 'echo locked; read line'")
-    second = None
+    assert first.stdout is not None
+    assert first.stdout.readline() == "locked\n"
+    second = machine.popen(f"export PIP_NO_INDEX=1 PIP_FIND_LINKS={OFFLINE['PIP_FIND_LINKS']}; exec {INSTALL}")
     try:
-        assert first.stdout is not None
-        assert first.stdout.readline() == "locked\n"
-        second = machine.popen(f"export PIP_NO_INDEX=1 PIP_FIND_LINKS={OFFLINE['PIP_FIND_LINKS']}; exec {INSTALL}")
         assert second.stdout is not None
         assert second.stdout.readline() == "- waiting for another systemd/install to end\n"
         assert service.pid == pid
     finally:
         first.communicate("\n")
-        said = second.communicate()[0] if second else ""
+        said, _ = second.communicate()
     assert second.returncode == 0, said
     assert "restarting workerd" in said
     assert service.work("edition")["result"] == "first"

@@ -206,6 +206,7 @@ def test_upgrade_gives_instances_users(mail: Instance) -> None:
         "workerd workerd-submit",
     ]
     said = machine.run(INSTALL, environment=OFFLINE, timeout=600).stdout
+    assert "adduser NAME workerd-mail-submit" in said
     assert "restarting workerd@mail and its sockets" in said
     assert machine.output(f"find {mail.state} ! -user workerd-mail") == ""
     assert machine.output(f"stat --format='%U %G' {mail.socket}") == "workerd-mail workerd-mail-submit"
