@@ -14,7 +14,7 @@ from functools import partial
 from urllib.parse import urlencode
 
 import pytest
-from daemon_process import Client, job, wait_until
+from daemon_process import job, wait_until
 from systemd.service import CONFIG, METRICS, STATE, UNIT, UNITS, Service, blocks
 
 pytestmark = [pytest.mark.systemd, pytest.mark.xdist_group("systemd")]
@@ -299,19 +299,6 @@ def test_bad_configuration_is_not_tried_again(service: Service) -> None:
     assert any("count" in record["MESSAGE"] for record in service.records(f"_SYSTEMD_UNIT={UNIT}")[-10:])
 
 
-def test_bad_configuration_while_clients_wait(service: Service) -> None:
-    """Clients that wait have it tried again, but not for ever; the line that the unit names ends that."""
-    service.machine.run(f"systemctl stop {UNIT}")
-    service.machine.write(CONFIG, "[workers]\ncount = -1\n")
-    with service.connect():
-        wait_until(lambda: service.machine.show("workerd.socket", "ActiveState") == "failed", "it is given up")
-    service.configure()
-    line = "systemctl reset-failed workerd.service workerd.socket && systemctl start workerd.service"
-    assert line in (UNITS / UNIT).read_text()
-    service.machine.run(line)
-    assert service.work("edition")["result"] == "first"
-
-
 def test_stop_drains(service: Service) -> None:
     """`systemctl stop` lets running jobs finish, takes no new ones, and keeps what is queued."""
     with service.connect() as client:
@@ -449,25 +436,6 @@ def test_stuck_daemon_is_restarted(service: Service) -> None:
 
 
 # --- beside it --------------------------------------------------------------------------------------------
-
-
-def test_instance(service: Service) -> None:
-    """A second instance has a configuration, a state folder and a socket of its own; its metrics, by drop-in, too."""
-    machine = service.machine
-    machine.write(
-        "/etc/workerd/mail.toml",
-        '[attributes]\nclass = "errands:Errands"\npath = ["/srv/jobs"]\n[feeder]\nsocket = "/run/workerd-mail.sock"\n'
-        '[spool]\npath = "/var/lib/workerd-mail/spool.db"\n[metrics]\nlisten = "127.0.0.1:9755"\n',
-    )
-    machine.write("/etc/systemd/system/workerd@mail.socket.d/metrics.conf", "[Socket]\nListenStream=127.0.0.1:9755\n")
-    machine.run("systemctl daemon-reload && systemctl enable --quiet --now workerd@mail.socket workerd@mail.service")
-    with Client(machine.path("/run/workerd-mail.sock")) as client:
-        assert client.request(job("edition", reply="result"))["status"] == "accepted"
-        assert client.recv()["result"] == "first"
-    assert 'target="edition"' in service.get("http://127.0.0.1:9755/metrics")
-    assert machine.path("/var/lib/workerd-mail/spool.db").exists()
-    assert service.metric("workerd_jobs_finished_total", target="edition") == 0
-    machine.run("systemctl disable --quiet --now workerd@mail.socket workerd@mail.service")
 
 
 @pytest.mark.skipif(shutil.which("prometheus") is None, reason="no prometheus: apt-get install prometheus")

@@ -19,6 +19,13 @@ pytestmark = [pytest.mark.systemd, pytest.mark.xdist_group("systemd")]
 
 DEFAULT = f"{CHECKOUT}/etc/workerd.toml"
 SOCKET_UNIT = f"{CHECKOUT}/systemd/workerd.socket"
+EXAMPLES = f"{CHECKOUT}/workerd/examples.py"
+# A class with a target of the same name as the first job's
+GREETER = """
+class Greeter:
+    def hello(self, arguments):
+        open("/var/lib/workerd/greeted", "w").close()
+"""
 
 
 def install(
@@ -32,7 +39,7 @@ def install(
 @pytest.fixture
 def checkout(machine: Machine) -> Iterator[None]:
     """The files of the checkout that a test may change; they are as they were afterwards."""
-    before = {path: machine.read(path) for path in (DEFAULT, SOCKET_UNIT)}
+    before = {path: machine.read(path) for path in (DEFAULT, SOCKET_UNIT, EXAMPLES)}
     yield
     for path, text in before.items():
         machine.write(path, text)
@@ -93,6 +100,75 @@ def test_configuration_that_does_not_start(service: Service) -> None:
     assert machine.run(f"/opt/workerd/venv/bin/workerd check --config {CONFIG}", check=False).returncode == 78
 
 
+def test_first_job_is_not_one_of_yours(service: Service) -> None:
+    """An upgrade runs no method of a class of yours, also if it is called as the first job's is."""
+    machine = service.machine
+    machine.write("/srv/jobs/greeter.py", GREETER)
+    machine.write(CONFIG, '[attributes]\nclass = "greeter:Greeter"\npath = ["/srv/jobs"]\n')
+    machine.run("systemctl restart workerd.service")
+    assert service.work("hello")["status"] == "succeeded"
+    machine.run(f"rm {STATE}/greeted")
+    said = install(machine).stdout
+    assert f"no first job is submitted: {CONFIG} names a class of yours" in said
+    assert "submit --socket" not in said
+    assert not machine.path(f"{STATE}/greeted").exists()
+
+
+def test_first_job_waits_behind_no_other(service: Service) -> None:
+    """Where jobs are queued, an upgrade does not wait for its turn behind them."""
+    machine = service.machine
+    machine.write(CONFIG, machine.read(DEFAULT))
+    machine.run("systemctl restart workerd.service")
+    with service.connect() as client:
+        client.request(job("echo", delay=1e6))
+    said = install(machine).stdout
+    assert "no first job is submitted: 1 jobs are queued" in said
+    assert "submit --socket" not in said
+
+
+def test_first_job_that_fails(service: Service, checkout: None) -> None:
+    """An upgrade whose first job fails says so; it has succeeded all the same, for the service runs."""
+    machine = service.machine
+    machine.write(CONFIG, machine.read(DEFAULT))
+    machine.write(
+        EXAMPLES, machine.read(EXAMPLES).replace("def hello(", "def hello(self, *_): 1 / 0\n    def hello_no_more(")
+    )
+    done = install(machine)
+    assert "the first job did not succeed" in done.stderr
+    assert "workerd runs." in done.stdout
+
+
+def test_modules_of_the_current_folder(service: Service) -> None:
+    """Root may stand in a folder that is somebody else's: no module is imported from there."""
+    machine = service.machine
+    for module in ("ensurepip", "venv", "pip", "json", "re", "pathlib", "urllib", "workerd", "click", "hatchling"):
+        machine.write(f"/srv/somebodys/{module}.py", f"import posix\nposix.mkdir('/imported-{module}')\n")
+    machine.run("rm -rf /opt/workerd/venv")  # to be made anew, with all that this takes
+    machine.run(f"cd /srv/somebodys && PYTHONPATH=/srv/somebodys {INSTALL}", environment=OFFLINE, timeout=600)
+    assert machine.output("find / -maxdepth 1 -name 'imported-*'") == ""
+    assert service.work("edition")["result"] == "first"
+
+
+def test_two_at_once(service: Service) -> None:
+    """A second one waits for the first, says so, and then does what it was asked to."""
+    machine = service.machine
+    pid = service.pid
+    first = machine.popen("exec flock /run/workerd-install.lock sh -c 'echo locked; read line'")
+    assert first.stdout is not None
+    assert first.stdout.readline() == "locked\n"
+    second = machine.popen(f"export PIP_NO_INDEX=1 PIP_FIND_LINKS={OFFLINE['PIP_FIND_LINKS']}; exec {INSTALL}")
+    try:
+        assert second.stdout is not None
+        assert second.stdout.readline() == "- waiting for another systemd/install to end\n"
+        assert service.pid == pid
+    finally:
+        first.communicate("\n")
+        said, _ = second.communicate()
+    assert second.returncode == 0, said
+    assert "restarting workerd" in said
+    assert service.work("edition")["result"] == "first"
+
+
 def test_remove(new_machine: Machine) -> None:
     """--remove undoes it and keeps jobs and an edited configuration, both of which a new installation takes up."""
     machine = new_machine
@@ -101,12 +177,29 @@ def test_remove(new_machine: Machine) -> None:
     with service.connect() as client:
         assert client.request(job("echo", delay=1e6))["status"] == "accepted"
     machine.write(CONFIG, machine.read(CONFIG).replace("count = 2", "count = 1"))
-    machine.run("systemctl enable --quiet workerd@mail.socket workerd@mail.service")
-    said = install(machine, "--remove").stdout
-    assert re.search(rf"^Kept, with jobs .*: {STATE} /etc/workerd$", said, re.MULTILINE)
-    assert "Kept: the user workerd" in said
-    for path in ("/opt/workerd", "/run/workerd.sock", "/usr/local/bin/workerd", "/etc/sysusers.d/workerd.conf"):
+    install(machine, "--instance mail")
+    install(machine, "--instance post")
+    machine.write("/etc/workerd/post.toml", machine.read("/etc/workerd/post.toml") + "# edited\n")
+    machine.run("mount --bind /opt /opt && mount -o remount,bind,ro /opt")
+    done = install(machine, "--remove", check=False)
+    machine.run("umount /opt")
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[0] == (
+        "systemd/install: workerd is stopped, but this could not be removed (Read-only file system): /opt/workerd"
+    )
+    assert len(done.stderr.splitlines()) == 2
+    said = done.stdout
+    assert re.search(rf"^Kept, with jobs .*: {STATE} {STATE}-mail {STATE}-post /etc/workerd$", said, re.MULTILINE)
+    assert "the users workerd workerd-mail workerd-post, and the groups workerd-submit workerd-mail-submit" in said
+    assert "read-only" not in install(machine, "--remove").stdout
+    for path in ("/opt/workerd", "/run/workerd.sock", "/run/workerd-mail.sock", "/usr/local/bin/workerd"):
         assert not machine.path(path).exists()
+    assert machine.output("ls /etc/sysusers.d /etc/workerd").split() == [
+        "/etc/sysusers.d:",
+        "/etc/workerd:",
+        "post.toml",
+        "workerd.toml",
+    ]
     assert machine.output("find /etc/systemd/system -name 'workerd*'") == ""
     assert machine.output("systemctl list-units --all --no-legend 'workerd*'") == ""
     assert install(machine, "--remove").returncode == 0
@@ -191,7 +284,7 @@ def test_no_python(new_machine: Machine) -> None:
 
 def test_usage(bare_machine: Machine) -> None:
     """--help explains it; an unknown argument does too, as an error."""
-    assert "Usage: systemd/install [--remove]" in bare_machine.run(f"{INSTALL} --help").stdout
+    assert "Usage: systemd/install [--remove | --instance NAME]" in bare_machine.run(f"{INSTALL} --help").stdout
     wrong = bare_machine.run(f"{INSTALL} --purge", check=False)
     assert wrong.returncode == 2
     assert "Usage:" in wrong.stderr

@@ -32,7 +32,7 @@ def root_with_units(folder: Path) -> Path:
     system.mkdir(parents=True)
     for name in NAMES:
         shutil.copy(UNITS / name, system)
-    for program in ("opt/workerd/venv/bin/workerd", "usr/bin/kill"):
+    for program in ("opt/workerd/venv/bin/workerd", "usr/bin/kill", "bin/sh"):
         file = folder / program
         file.parent.mkdir(parents=True)
         file.touch(0o755)
@@ -108,10 +108,26 @@ def test_instances_are_as_the_plain_unit(kind: str) -> None:
 
 
 def test_users(tmp_path: Path) -> None:
-    """The daemon's user can not log in; the group of those who may submit is another than its own."""
+    """The daemon's user can not log in; the group of those who may submit is another than its own. An instance has a
+    user and groups of its own.
+    """
     (tmp_path / "etc").mkdir()
-    run("systemd-sysusers", f"--root={tmp_path}", UNITS / "workerd.sysusers")
+    of_mail = tmp_path / "mail.conf"
+    of_mail.write_text((UNITS / "workerd@.sysusers").read_text().replace("%i", "mail"))
+    run("systemd-sysusers", f"--root={tmp_path}", UNITS / "workerd.sysusers", of_mail)
     users = dict(line.split(":", 1) for line in (tmp_path / "etc/passwd").read_text().splitlines())
-    groups = [line.split(":")[0] for line in (tmp_path / "etc/group").read_text().splitlines()]
-    assert users["workerd"].endswith(":/var/lib/workerd:/usr/sbin/nologin")
-    assert set(groups) == {"workerd", "workerd-submit"}
+    groups = {line.split(":")[0]: line.split(":")[2] for line in (tmp_path / "etc/group").read_text().splitlines()}
+    assert set(users) == {"workerd", "workerd-mail"}
+    for name, user in users.items():
+        assert user.endswith(f":/var/lib/{name}:/usr/sbin/nologin")
+    assert set(groups) == {"workerd", "workerd-submit", "workerd-mail", "workerd-mail-submit"}
+    assert len(set(groups.values())) == 4
+
+
+def test_what_an_instance_has_of_its_own() -> None:
+    """User, group of submitters, state folder, socket and configuration bear the instance's name: no two have one."""
+    service, socket = ((UNITS / f"workerd@.{kind}").read_text().splitlines() for kind in ("service", "socket"))
+    assert {"User=workerd-%i", "StateDirectory=workerd-%i", "StateDirectoryMode=0700"} <= set(service)
+    assert any(line.startswith("ExecStart=") and line.endswith("/etc/workerd/%i.toml") for line in service)
+    assert {"SocketUser=workerd-%i", "SocketGroup=workerd-%i-submit", "SocketMode=0660"} <= set(socket)
+    assert "ListenStream=/run/workerd-%i.sock" in socket
