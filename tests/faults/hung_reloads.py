@@ -20,11 +20,17 @@ GOOD = """
 class Targets:
     def version(self, arguments): return {}
 """
-HANGS = {
-    "on import": "import time\ntime.sleep(3600)\nclass Targets:\n    pass\n",
-    "in __init__": "import time\nclass Targets:\n    def __init__(self): time.sleep(3600)\n    def version(self, _): return -1\n",
-    "on import, holding all signals": "import signal, time\nsignal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())\n"
-    "time.sleep(3600)\nclass Targets:\n    pass\n",
+HANG = """
+import signal, time
+def hang():
+    open("hangs", "w").close()
+    time.sleep(3600)
+"""
+HANGS = {  # after HANG
+    "on import": "hang()\nclass Targets:\n    pass\n",
+    "in __init__": "class Targets:\n    def __init__(self): hang()\n    def version(self, _): return -1\n",
+    "on import, holding all signals": "signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())\nhang()\n"
+    "class Targets:\n    pass\n",
 }
 TOLD = re.compile(r"^\S+ \S+ (?:warning|error) .*", re.MULTILINE)
 WORKERS = 2
@@ -47,10 +53,10 @@ def reload(folder: Path, hang: str, *, warning: bool = True, patience: float = P
     with Daemon(folder, GOOD.format(1), workers={"count": WORKERS}) as daemon:
         assert daemon.run("version")["result"] == 1
         said = len(daemon.log)
-        daemon.write_attributes(HANGS[hang])
+        daemon.write_attributes(HANG + HANGS[hang])
         began = time.monotonic()
         daemon.kill(signal.SIGHUP)
-        daemon.wait_until(lambda status: status["state"] == "reloading")
+        wait_until((folder / "hangs").exists, "it hangs")
         found = None
         if warning:
             with suppress(AssertionError):

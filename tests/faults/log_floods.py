@@ -122,8 +122,8 @@ class Journal:
         self._listener.listen()
         self._stream: socket.socket | None = None
 
-    def read(self) -> None:
-        """All that is there by now."""
+    def read(self) -> str:
+        """All that has come by now, and whatever came before."""
         if self._stream is None:
             self._stream = self._listener.accept()[0]
         while ready := select.select([self._records, self._stream], [], [], 0)[0]:
@@ -137,6 +137,7 @@ class Journal:
                         data = file.read()
                 message = dict(journal.fields(data))["MESSAGE"].decode()
                 self.text += f"\n{message}\n"
+        return self.text
 
     def close(self) -> None:
         for each in (self._records, self._listener, self._stream):
@@ -152,8 +153,7 @@ def lose(folder: Path, lines: int, patience: float = 5.0) -> Lost:
         environment = {"WORKERD_FAKE_JOURNAL": str(kept.path), "PYTHONPATH": paths}
         try:
             with Daemon(folder, SOURCE, environment=environment) as daemon:
-                kept.read()
-                assert "ready" in kept.text, kept.text
+                wait_until(lambda: "ready: " in kept.read(), "the journal is used")
                 half = lines // 2
                 for first, last in ((0, half), (half, lines)):
                     assert daemon.run("lines", [first, last])["status"] == "succeeded", "nobody waits for the log"

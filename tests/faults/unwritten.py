@@ -29,7 +29,7 @@ class Targets:
 """
 LONG = 16 * 2**10  # characters of a message
 BATCH = 1000
-STILL = 2.0  # seconds without another end: no more jobs are begun, or all have ended
+STILL = 5.0  # seconds without another end: no more jobs are begun, or all have ended
 PROMISED_MEMORY = 384.0  # MiB, beyond what there was before
 PROMISED_HEALING = 2.0  # seconds
 ENDED_PATIENCE = 300.0  # seconds for all jobs to end
@@ -116,8 +116,8 @@ def rows(folder: Path, which: str) -> int:
 def storm(folder: Path, random: random.Random) -> list[Figure]:
     """More than one statement of SQLite can hold pile up; then a stop, in the middle of a commit or not."""
     (own := folder / "pile").mkdir()
-    jobs = random.randrange(4700, 5200)
-    piled = pile_up(own, jobs, "\x01")
+    jobs = random.randrange(8200, 8800)
+    piled = pile_up(own, jobs, '"')  # escaped twice, 128 KiB each: a gigabyte
     found = [
         Figure(f"{jobs:,} jobs fail while the disk refuses: memory", piled.memory, "MiB", most=PROMISED_MEMORY),
         Figure("... until the next job is on the disk, and all are dead", piled.healing, "s", most=PROMISED_HEALING),
