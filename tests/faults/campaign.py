@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Self
 from daemon_process import wait_until
 from faults.audit import Audit, Findings, Told, named, shown, told
 from faults.clients import Submitter
+from faults.descriptors import spoiled
 from faults.disk_injections import DISK
 from faults.endings import NASTY
 from faults.injections import PROCESSES, Context
@@ -129,6 +130,7 @@ class Campaign:
         found.wrong += self.service.problems
         self.service.problems.clear()
         found.wrong += self._tracebacks()
+        found.wrong += spoiled(self.service.files)
         self._nothing_left_behind(found)
         os.truncate(self.service.ledger, 0)
         self.jobs = self.jobs.following()
