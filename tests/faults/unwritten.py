@@ -43,6 +43,7 @@ class PiledUp(NamedTuple):
     memory: float
     healing: float
     dead: int
+    failing: str | None  # why the disk still refuses, as the daemon says at last
 
 
 class Told(NamedTuple):
@@ -80,7 +81,8 @@ def pile_up(folder: Path, jobs: int, character: str, *, most: float = inf) -> Pi
             daemon.wait_until(lambda status: status["jobs"]["dead"] == jobs, "all are dead", ENDED_PATIENCE)
         except (AssertionError, TimeoutError):
             healing = inf
-        return PiledUp(memory.grown() / MIB, healing, rows(folder, "state = 4"))
+        failing = daemon.status()["spool"]["failing"]
+        return PiledUp(memory.grown() / MIB, healing, rows(folder, "state = 4"), failing)
 
 
 def stop(folder: Path, *, failing: int, waiting: int, lock: float) -> Told:
@@ -118,15 +120,16 @@ def storm(folder: Path, random: random.Random) -> list[Figure]:
     (own := folder / "pile").mkdir()
     jobs = random.randrange(8200, 8800)
     piled = pile_up(own, jobs, '"')  # escaped twice, 128 KiB each: a gigabyte
+    why = f" (the daemon says: {piled.failing})" if piled.failing else ""
     found = [
         Figure(f"{jobs:,} jobs fail while the disk refuses: memory", piled.memory, "MiB", most=PROMISED_MEMORY),
-        Figure("... until the next job is on the disk, and all are dead", piled.healing, "s", most=PROMISED_HEALING),
+        Figure(f"... until the next job is on the disk{why}", piled.healing, "s", most=PROMISED_HEALING),
     ]
     for number in range(3):
         (own := folder / f"stop-{number}").mkdir()
         failing, waiting = random.randrange(5, 60), random.randrange(1, 60)
         told = stop(own, failing=failing, waiting=waiting, lock=random.random() * 3)
-        about = f"a stop, {failing} ends unwritten, {waiting} jobs to come"
+        about = f"a stop, {failing} failures and two successes unwritten, {waiting} jobs to come"
         found += [
             Figure(f"{about}: jobs that stay, said less there are", told.stay - told.in_spool, least=0, most=0),
             Figure(f"{about}: jobs that run again, likewise", told.run_again - told.unwritten, least=0, most=0),
