@@ -17,6 +17,7 @@ from faults.clients import Submitter
 from faults.descriptors import spoiled
 from faults.disk_injections import DISK
 from faults.endings import NASTY
+from faults.hung_reloads import HUNG
 from faults.injections import PROCESSES, Context
 from faults.jobs import Jobs
 from faults.ledger import Ledger
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
     from pathlib import Path
 
-FAULTS = PROCESSES | DISK
+FAULTS = PROCESSES | DISK | HUNG
 CRASHES = ("segfault", "kill_self", *["kill_self_among_others"] * 4)
 LARGE = 500 * 2**20  # bytes of a result
 RATES = (150.0, 100.0, 60.0)  # jobs a second of each client

@@ -11,10 +11,13 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from daemon_process import Daemon, wait_until
 from faults.figures import Figure
+from faults.injections import configured
 
 if TYPE_CHECKING:
     import random
     from pathlib import Path
+
+    from faults.injections import Context, Faults
 
 GOOD = """
 class Targets:
@@ -73,6 +76,18 @@ def reload(folder: Path, hang: str, *, warning: bool = True, patience: float = P
             daemon.wait_until(lambda status: status["state"] == "running", "it is reloaded", patience)
             wait_until(lambda: len(daemon.descendants()) == 1 + WORKERS, "as many processes as before", patience)
         return Hung(warned, used, found[0] if found else "", len(daemon.descendants()) - 1 - WORKERS)
+
+
+def reload_hung(c: Context) -> None:
+    """As a fault among others: a class that hangs, then the one that was there."""
+    source = HANG + c.random.choice(list(HANGS.values())).replace("class Targets", "class Changed")
+    with configured(c, None, source):
+        c.service.send(signal.SIGHUP)
+        c.moment(1.0)
+    c.service.send(signal.SIGHUP)
+
+
+HUNG: Faults = {"reload of what hangs, and back": (2, reload_hung)}
 
 
 def storm(folder: Path, random: random.Random) -> list[Figure]:
