@@ -78,7 +78,7 @@ def pile_up(folder: Path, jobs: int, character: str, *, most: float = inf) -> Pi
         try:
             wait_until(lambda: client.request(job("well", id="well")).get("status"), "a job is stored")
             healing = time.monotonic() - healing
-            daemon.wait_until(lambda status: status["jobs"]["dead"] == jobs, "all are dead", ENDED_PATIENCE)
+            wait_until(lambda: rows(folder, "state = 4") == jobs, "all are dead, on the disk too", ENDED_PATIENCE)
         except (AssertionError, TimeoutError):
             healing = inf
         failing = daemon.status()["spool"]["failing"]
