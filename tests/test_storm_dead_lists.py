@@ -12,8 +12,8 @@ from faults.figures import quantile
 if TYPE_CHECKING:
     from pathlib import Path
 
-DEAD = 150_000
-SECONDS = 3.0
+DEAD = 100_000
+SECONDS = 2.0
 MUCH = 0.25  # seconds: a busy machine takes so long for an acknowledgement among others
 
 
