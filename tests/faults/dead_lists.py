@@ -104,6 +104,7 @@ def many_dead(daemon: Daemon, count: int) -> None:
         assert b"dead" in answers.readline()
     daemon.stop()
     with contextlib.closing(sqlite3.connect(daemon.sections["spool"]["path"])) as db:
+        db.execute("PRAGMA synchronous = OFF")
         names = [name for _, name, *_ in db.execute("PRAGMA table_info(jobs)") if name != "seq"]
         others = ", ".join(names)
         db.execute(
