@@ -113,6 +113,7 @@ class Notifications:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.messages: list[dict[str, str]] = []
+        self.moments: list[float] = []  # monotonic seconds at which each came
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._socket.bind(str(path))
         self._thread = threading.Thread(target=self._listen, daemon=True)
@@ -121,6 +122,7 @@ class Notifications:
     def _listen(self) -> None:
         # a thread, since the kernel holds few datagrams and then blocks the daemon that sends them
         while data := self._socket.recv(65536):
+            self.moments.append(time.monotonic())
             lines = data.decode(errors="replace").splitlines()
             self.messages.append({key: value for key, _, value in (line.partition("=") for line in lines)})
 

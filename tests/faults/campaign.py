@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, Any, Self
 from daemon_process import wait_until
 from faults.audit import Audit, Findings, Told, named, shown, told
 from faults.clients import Submitter
+from faults.descriptors import spoiled
 from faults.disk_injections import DISK
 from faults.endings import NASTY
+from faults.hung_reloads import HUNG
 from faults.injections import PROCESSES, Context
 from faults.jobs import Jobs
 from faults.ledger import Ledger
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
     from pathlib import Path
 
-FAULTS = PROCESSES | DISK
+FAULTS = PROCESSES | DISK | HUNG
 CRASHES = ("segfault", "kill_self", *["kill_self_among_others"] * 4)
 LARGE = 500 * 2**20  # bytes of a result
 RATES = (150.0, 100.0, 60.0)  # jobs a second of each client
@@ -129,6 +131,7 @@ class Campaign:
         found.wrong += self.service.problems
         self.service.problems.clear()
         found.wrong += self._tracebacks()
+        found.wrong += spoiled(self.service.files)
         self._nothing_left_behind(found)
         os.truncate(self.service.ledger, 0)
         self.jobs = self.jobs.following()

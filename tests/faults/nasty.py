@@ -15,6 +15,8 @@ import threading
 import time
 from typing import TYPE_CHECKING, Any
 
+from faults.descriptors import DescriptorTargets
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -22,7 +24,7 @@ OUTLIVES = 2.0  # seconds for which what a job leaves behind goes on
 HANGS = 600.0  # seconds; whoever hangs is to be killed
 
 
-class NastyTargets:
+class NastyTargets(DescriptorTargets):
     """`_job` notes begin and end; see faults.targets."""
 
     def _job(self, arguments: Any) -> contextlib.AbstractContextManager[None]:

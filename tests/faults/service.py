@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from daemon_process import ROOT, Client, Daemon, Process, wait_until
+from faults.descriptors import FOLDER
 from faults.page import DAEMON, FORK_SERVER, ROLES, Page
 from faults.shim import Shim
 from faults.targets import LEDGER
@@ -88,6 +89,8 @@ class Service:
     def __init__(self, folder: Path) -> None:
         self.ledger = folder / "ledger"
         self.ledger.touch()
+        self.files = folder / "files"  # of jobs that take descriptors away
+        self.files.mkdir()
         self.page = Page(folder / "page")
         self.deaths: list[Death] = []
         self.pauses: list[Pause] = []
@@ -101,6 +104,7 @@ class Service:
             "PYTHONPATH": os.pathsep.join(map(str, paths)),
             "WORKERD_FAULT_CONTROL": str(folder / "page"),
             LEDGER: str(self.ledger),
+            FOLDER: str(self.files),
         }
         self.shim = Shim(folder, folder / "spool.db")
         self.daemon = Daemon(folder, GOOD, environment=self.shim.environment(**own), start=False, **SECTIONS)
