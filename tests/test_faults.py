@@ -20,7 +20,7 @@ from faults.jobs import ACCEPTED, REFUSED, Jobs
 from faults.ledger import Ledger
 from faults.page import POINTS, WORKER
 from faults.points import MODULES, all_points
-from faults.service import Death, Pause
+from faults.service import Death, History, Pause
 from faults.shim import Call, Shim
 from faults.walk import Walk
 
@@ -162,12 +162,13 @@ def audit(tmp_path: Path, jobs: Jobs, lines: str, deaths: Sequence[Death] = (), 
     path = tmp_path / "ledger"
     path.write_text(lines)
     told = {int(number.removeprefix("job")): entry for number, entry in dead.items()}
-    return Audit(jobs, Ledger(path), told, deaths, [Pause(0, 0)]).run()
+    return Audit(jobs, Ledger(path), told, History(deaths, [Pause(0, 0)])).run()
 
 
 def one(state: str, target: str = "plain", **options: object) -> Jobs:
     jobs = Jobs()
-    jobs.add(target, {"max_crashes": 3, **options}).state = state
+    job = jobs.add(target, {"max_crashes": 3, **options})
+    job.state, job.sent = state, 0
     return jobs
 
 
@@ -224,7 +225,7 @@ def test_an_attempt_too_many_is_noticed(tmp_path: Path, what: str, explained: bo
 def test_a_job_that_is_dead_without_a_reason_is_noticed(tmp_path: Path) -> None:
     """A crash needs a death, a failure a job that raises; a job that was refused must not run."""
     crashed, failed = Told("crashed", 0, 3, ""), Told("failed", 1, 0, "")
-    assert len(audit(tmp_path, one(ACCEPTED), "B 1 10 9 1000\n", job1=crashed).innocent) == 1
+    assert len(audit(tmp_path, one(ACCEPTED), "B 1 10 9 1000\n", job1=crashed).charged) == 1
     assert len(audit(tmp_path, one(ACCEPTED), ONCE, job1=failed).innocent) == 1
     raised = ONCE.replace("ok", "raised")
     assert audit(tmp_path, one(ACCEPTED, "flaky"), raised, job1=failed).bad == []
@@ -253,7 +254,7 @@ def test_a_result_that_never_came_before_the_connection_was_cut_is_noticed(
     """The job had ended long before, and nothing stood still since."""
     path, jobs = tmp_path / "ledger", one(ACCEPTED, "result", reply="result")
     path.write_text(ONCE)
-    found = Audit(jobs, Ledger(path), {}, [], pauses).never_came([(jobs.by_number[1], alive)])
+    found = Audit(jobs, Ledger(path), {}, History((), pauses)).never_came([(jobs.by_number[1], alive)])
     assert len(found) == noticed
 
 

@@ -1,6 +1,6 @@
 """Runs the fault campaign, and ends in a table; exit status 1 when a job was lost, or anything else was not as promised.
 
-tests/run faults [--minutes N] [--seed S] [--only walk|strike|soak]... [--output FOLDER]
+tests/run faults [--minutes N] [--seed S] [--only walk|strike|backlog|recovery|soak]... [--output FOLDER]
 """
 
 from __future__ import annotations
@@ -12,17 +12,22 @@ import signal
 import sys
 import tempfile
 import time
+from math import inf
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 HERE = Path(__file__).parent
 sys.path[:1] = [str(HERE.parent), str(HERE.parents[1])]  # in place of this folder
 
-from faults import chart, report  # noqa: E402 - found by way of the line above
+from faults import chart, report, scenes  # noqa: E402 - found by way of the line above
 from faults.campaign import Campaign  # noqa: E402 - likewise
 from faults.soak import Series, soak  # noqa: E402 - likewise
 from faults.walk import Walk  # noqa: E402 - likewise
 
-SHARES = {"walk": 0.5, "strike": 0.3, "soak": 0.2}  # of the time
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+SHARES = {"walk": 0.4, "strike": 0.2, "backlog": 0.15, "recovery": 0.1, "soak": 0.15}  # of the time
 EPISODE = 45.0  # seconds between two audits
 AMONG_THEMSELVES = 6.0  # seconds of jobs that end their workers, after each of them
 
@@ -47,6 +52,10 @@ def main() -> int:
                 more += walk(c, seconds["walk"])
             if "strike" in phases:
                 strike(c, seconds["strike"])
+            if "backlog" in phases:
+                play(c, seconds["backlog"], scenes.backlogs(c), most=1)
+            if "recovery" in phases:
+                play(c, seconds["recovery"], scenes.kills_in_recovery(c))
             if "soak" in phases:
                 series = soak(c, seconds["soak"])
                 more += ["", "Soak", "=" * 40, *map(str, series)]
@@ -92,6 +101,19 @@ def strike(c: Campaign, seconds: float) -> None:
         finish(c)
         c.begin()
         c.crash(min(AMONG_THEMSELVES, left / 5))
+        finish(c)
+
+
+def play(c: Campaign, seconds: float, steps: Iterator[None], most: float = inf) -> None:
+    """Take steps, at most so many in an episode."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        c.begin()
+        episode = min(end, time.monotonic() + EPISODE)
+        taken = 0
+        while taken < most and time.monotonic() < episode:
+            next(steps)
+            taken += 1
         finish(c)
 
 
