@@ -163,22 +163,22 @@ class Audit:
         first = runs[0]
         if not (job.delay and self._clock_was_set(job.sent, first.begin)):
             ready = NEVER if job.acknowledged is None else job.acknowledged + job.delay
-            yield self._turn(job, first, job.sent + job.delay, ready)
+            yield self._turn(job, first, job.sent + job.delay, ready, "delayed" if job.delay else "")
         for run, following in pairwise(runs):
             failed = run.end is not None and not run.ok
             if failed and not self._clock_was_set(run.begin, following.begin):
                 assert run.end is not None
                 if next(self._explaining(job, run, following.begin), None) is None:
-                    yield self._turn(job, following, run.end, run.end + BACKOFF)
+                    yield self._turn(job, following, run.end, run.end + BACKOFF, "tried again")
 
     def _clock_was_set(self, since: int, until: int) -> bool:
         """Whether it was, meanwhile: a daemon that starts then goes by what it says."""
         return any(step.since <= until and step.until >= since for step in self.history.steps)
 
-    def _turn(self, job: Submitted, run: Run, due: int, ready: int) -> Turn:
+    def _turn(self, job: Submitted, run: Run, due: int, ready: int, why: str) -> Turn:
         end = run.end or next((death.until for death in self._explaining(job, run, NEVER)), run.begin)
         work = run.end - run.begin if run.end else 0
-        return Turn(job.number, job.target, job.priority, due, ready, run.begin, end, work, (run.pid, run.parent))
+        return Turn(job.number, job.target, job.priority, due, ready, run.begin, end, work, (run.pid, run.parent), why)
 
     def _job(self, job: Submitted, runs: list[Run], told: Told | None) -> None:
         found = self.found
@@ -193,8 +193,6 @@ class Audit:
             if why is None and run.end is not None and not run.ok and len(failed) < job.max_attempts - 1:
                 failed.append(run)
                 why = ATTEMPT
-                if following.begin < run.end:
-                    found.early.append(f"{named(job)} was tried again before its attempt had failed: {shown(runs)}")
             elif why is not None:  # a daemon that went then may not have written of the latest failures either
                 failed = [each for each in failed if not self._unwritten(job, each, following.begin)]
             if why is None:

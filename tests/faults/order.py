@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 # are busy with something else, and for what has to be read from the spool.
 SLACK = 500_000_000  # ns
 EARLIER_THAN_DUE = 2_000_000  # ns: what clocks and floats may differ by
-IDLE = 3_000_000_000  # ns for which no worker runs anything while a job is ready
+IDLE = 10_000_000_000  # ns for which no worker runs anything while a job is ready
 BATCH = 2_000_000  # ns of work, as what its target takes
 BATCHES = 2  # that a worker has been given at once
 MOST = 2048  # jobs in one
@@ -44,9 +44,10 @@ class Turn(NamedTuple):
     end: int
     work: int  # ns that it took; 0 where it was cut off
     worker: tuple[int, int]  # its pid, and its parent's
+    why: str = ""  # it had to wait first, where it had to: "delayed", "tried again"
 
     def __str__(self) -> str:
-        return f"job {self.number} ({self.target}, priority {self.priority})"
+        return f"job {self.number} ({self.target}, priority {self.priority}{self.why and f', {self.why}'})"
 
 
 class Pauses:
@@ -80,7 +81,8 @@ class Order:
         self.paused = still.within
         self.down = down
         self.workers = workers
-        self.late = [turn for turn in self.turns if turn.begin - turn.ready > 2 * SLACK]
+        late = (turn for turn in self.turns if turn.begin - turn.ready > 2 * SLACK)
+        self.late = sorted(late, key=lambda turn: (turn.priority, turn.ready))
 
     # --- what is not as it should be ------------------------------------------------------------------------
 
@@ -140,7 +142,7 @@ class Order:
             for lane in each:
                 if lane.last < since or lane.first > turn.begin:
                     continue
-                due_since = since if priority == turn.priority else 0
+                due_since = since if priority == turn.priority else -NEVER
                 begun = lane.first_from(since, due_since)
                 if begun is None or begun.begin >= turn.begin:
                     continue

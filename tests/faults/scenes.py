@@ -18,6 +18,7 @@ from faults.jobs import PRIORITIES
 from faults.order import SLACK
 from faults.page import DAEMON, HOLD
 from faults.points import all_points
+from faults.service import PATIENCE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from faults.jobs import Submitted
     from faults.points import Point
 
-MEGABYTE = 2**20
+MEGABYTE = 1_000_000
 MANY = 260_000  # more than the daemon keeps in memory
 CHUNK = 2000  # jobs in a batch
 # Of jobs that are not to die of what is done to others. None of those beside them are more urgent, while which comes
@@ -39,6 +40,8 @@ RECOVERY = {  # what a daemon does about the last one's death, by module: in whi
     "claims": ("Claims.open", "Claims.interrupted", "Claims.clear"),
     "spool": ("Spool.charge_crashes", "Spool.counts", "Spool.usage"),
 }
+
+ROWS = ("packed", "_pack", "_kind")
 
 
 def send(c: Campaign, jobs: Sequence[Submitted], *, batch: int = 1) -> None:
@@ -88,7 +91,7 @@ def slow_among_quick(c: Campaign) -> None:
 def urgent_among_slow(c: Campaign) -> None:
     """Many of the quick ones take long: what is urgent goes before those that were given out all the same."""
     make_known(c)
-    send(c, several(c, 300, "varied", SAFE, seconds=0.03), batch=CHUNK)
+    send(c, several(c, 150, "varied", SAFE, seconds=0.1), batch=CHUNK)
     time.sleep(0.1)
     send(c, several(c, 1, "steady", URGENT, seconds=0.01))
 
@@ -99,18 +102,20 @@ def large(c: Campaign) -> None:
     """
     make_known(c)
     padding = "x" * MEGABYTE
-    send(c, several(c, 200, "steady", SAFE, seconds=0.08, padding=padding))
-    time.sleep(APART)
-    jobs = several(c, 3, "steady", {**SAFE, "delay": 0.01}, seconds=0.08)
-    jobs += several(c, 70, "steady", {**SAFE, "delay": 1.0}, seconds=0.08, padding=padding)
-    jobs += several(c, 1, "steady", {**URGENT, "delay": 1.5}, seconds=0.01)
-    send(c, jobs)
+    with workers_held(c, 3):
+        send(c, several(c, 130, "steady", SAFE, seconds=0.1, padding=padding))
+        send(c, several(c, 70, "steady", {**SAFE, "delay": 1.0}, seconds=0.1, padding=padding))
+        time.sleep(APART)
+        jobs = several(c, 3, "steady", {**SAFE, "delay": 0.01}, seconds=0.1)
+        jobs += several(c, 1, "steady", {**URGENT, "delay": 0.5}, seconds=0.1)
+        send(c, jobs)
+        time.sleep(APART)
 
 
 def many(c: Campaign) -> None:
     """More jobs than there is memory for, and then some that are delayed for a moment, and some that fail."""
     make_known(c)
-    with workers_held(c, 3):
+    with workers_for_ever(c), workers_held(c, 3):
         send(c, several(c, MANY, "varied", SAFE, seconds=0), batch=CHUNK)
         time.sleep(APART)
         jobs = several(c, 5, "varied", {**SAFE, "delay": 0.01}, seconds=0)
@@ -118,6 +123,21 @@ def many(c: Campaign) -> None:
         jobs += several(c, 5, "varied", {**URGENT, "delay": 0.1}, seconds=0)
         jobs += several(c, 50, "fails", {**SAFE, "max_attempts": 2}, seconds=0)
         send(c, jobs)
+
+
+@contextlib.contextmanager
+def workers_for_ever(c: Campaign) -> Iterator[None]:
+    """None of them is replaced after some thousand jobs, for as long as this lasts and the backlog of it, too."""
+    daemon = c.service.daemon
+    before = daemon.sections["workers"]["max_jobs"]
+    daemon.configure(workers={"max_jobs": 0})
+    daemon.reload()
+    try:
+        yield
+        daemon.wait_until(lambda status: status["jobs"]["ready"] < CHUNK, timeout=PATIENCE)
+    finally:
+        daemon.configure(workers={"max_jobs": before})
+        c.service.send(signal.SIGHUP)
 
 
 @contextlib.contextmanager
@@ -198,7 +218,7 @@ def kill_twice(c: Campaign, point: Point) -> None:
     """
 
     def reached() -> bool:
-        return wait_until(lambda: "hit" if service.take_hits() else service.serves() and "not", str(point)) == "hit"
+        return "hit" in wait_until(lambda: "a hit" if service.take_hits() else "nothing" * service.serves(), str(point))
 
     service = c.service
     with workers_held(c, 1, max_crashes=3, id=True):
@@ -214,12 +234,13 @@ def kill_twice(c: Campaign, point: Point) -> None:
 
 
 def kills_in_recovery(c: Campaign) -> Iterator[None]:
-    """At each of those statements, again and again, as the seed says."""
+    """At each of those statements, and of those that make rows, again and again, as the seed says."""
     while True:
-        points = points_of_recovery()
-        c.random.shuffle(points)
-        for point in points:
-            kill_twice(c, point)
+        steps = [(kill_twice, point) for point in points_of_recovery()]
+        steps += [(fail_while_stored, point) for point in points_of_rows()]
+        c.random.shuffle(steps)
+        for step, point in steps:
+            step(c, point)
             yield
 
 
@@ -240,4 +261,4 @@ def fail_while_stored(c: Campaign, point: Point) -> None:
 
 def points_of_rows() -> list[Point]:
     """The statements that make rows of jobs."""
-    return [point for point in all_points().values() if point.module == "rows"]
+    return [point for point in all_points().values() if point.module == "rows" and point.function in ROWS]
