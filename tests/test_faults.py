@@ -116,7 +116,7 @@ def test_recovery_is_killed_twice_at_the_same_statement(tmp_path: Path) -> None:
     workers: where claims are wiped, and at a sample of the statements before and after that.
     """
     with Campaign(tmp_path, SEED) as campaign:
-        campaign.begin()
+        campaign.begin(clients=0)
         points = scenes.points_of_recovery()
         wiping = [point for point in points if point.function == "Claims.clear"]
         for point in (*wiping, *campaign.random.sample(points, 2)):
@@ -131,7 +131,7 @@ def test_a_job_fails_while_its_kind_is_stored(tmp_path: Path) -> None:
     the daemon was killed no other is charged with that.
     """
     with Campaign(tmp_path, SEED) as campaign:
-        campaign.begin()
+        campaign.begin(clients=0)
         points = scenes.points_of_rows()
         scenes.fail_while_stored(campaign, next((p for p in points if p.function == "_kind"), points[0]))
         assert campaign.end().bad == []

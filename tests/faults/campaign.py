@@ -61,14 +61,14 @@ class Campaign:
 
     # --- an episode -----------------------------------------------------------------------------------------
 
-    def begin(self) -> None:
-        """Set the clients to work."""
+    def begin(self, *, clients: int = len(RATES)) -> None:
+        """Set so many clients to work."""
         self.episodes += 1
         self.service.forget()
         names = (f"{self.seed}-{self.episodes}-{number}" for number in itertools.count())
         self.clients = [
             Submitter(self.service.daemon.socket, self.jobs, name, rate)
-            for name, rate in zip(names, RATES, strict=False)
+            for name, rate in zip(names, RATES[:clients], strict=False)
         ]
         for client in self.clients:
             client.start()

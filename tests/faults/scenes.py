@@ -91,7 +91,7 @@ def slow_among_quick(c: Campaign) -> None:
 def urgent_among_slow(c: Campaign) -> None:
     """Many of the quick ones take long: what is urgent goes before those that were given out all the same."""
     make_known(c)
-    send(c, several(c, 150, "varied", SAFE, seconds=0.1), batch=CHUNK)
+    send(c, several(c, 60, "varied", SAFE, seconds=0.3), batch=CHUNK)
     time.sleep(0.1)
     send(c, several(c, 1, "steady", URGENT, seconds=0.01))
 
