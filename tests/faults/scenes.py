@@ -134,7 +134,7 @@ def workers_for_ever(c: Campaign) -> Iterator[None]:
     daemon.reload()
     try:
         yield
-        daemon.wait_until(lambda status: status["jobs"]["ready"] < CHUNK, timeout=PATIENCE)
+        daemon.wait_until(lambda status: status["jobs"]["ready"] < CHUNK, timeout=5 * PATIENCE)
     finally:
         daemon.configure(workers={"max_jobs": before})
         c.service.send(signal.SIGHUP)
