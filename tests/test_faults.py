@@ -119,6 +119,7 @@ def test_recovery_is_killed_twice_at_the_same_statement(tmp_path: Path) -> None:
         campaign.begin(clients=0)
         points = scenes.points_of_recovery()
         wiping = [point for point in points if point.function == "Claims.clear"]
+        assert wiping
         for point in (*wiping, *campaign.random.sample(points, 2)):
             scenes.kill_twice(campaign, point)
         found = campaign.end()

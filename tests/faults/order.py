@@ -27,6 +27,7 @@ BATCHES = 2  # that a worker has been given at once
 MOST = 2048  # jobs in one
 GUESS = 2  # a job may be taken for so many times quicker than the quickest of its target was
 NEVER = 2**63
+COUNTED = 10  # of those that were overtaken: how many did it
 BLOCK = 256  # of turns that are looked at together
 
 
@@ -122,7 +123,8 @@ class Order:
         if not self.late:
             return []
         lanes = self._lanes()
-        return [why for turn in self.late if (why := self._overtaken(turn, lanes)) is not None]
+        found = [(turn, *pair) for turn in self.late if (pair := self._overtaken(turn, lanes)) is not None]
+        return [self._told(*each, count=at < COUNTED) for at, each in enumerate(found)]
 
     def _lanes(self) -> dict[int, list[Lane]]:
         """By priority, what each worker began."""
@@ -134,7 +136,8 @@ class Order:
             lanes[priority].append(Lane(turns))
         return lanes
 
-    def _overtaken(self, turn: Turn, lanes: dict[int, list[Lane]]) -> str | None:
+    def _overtaken(self, turn: Turn, lanes: dict[int, list[Lane]]) -> tuple[Turn, Turn] | None:
+        """The first and a later one of those that one worker began instead."""
         since = turn.ready + SLACK
         for priority, each in lanes.items():
             if priority < turn.priority:
@@ -153,19 +156,19 @@ class Order:
                     if after is None or after.begin >= turn.begin:
                         break
                     if (paused := self.paused(begun.begin, after.begin)) <= after.begin - begun.begin - SLACK:
-                        return self._told(turn, begun, after)
+                        return begun, after
                     latest = max(after.begin + 1, begun.begin + SLACK + paused)
         return None
 
-    def _told(self, turn: Turn, first: Turn, last: Turn) -> str:
-        later = [
-            each
-            for each in self.turns[self._index(first.begin) : self._index(turn.begin)]
-            if each.priority > turn.priority or (each.priority == turn.priority and each.due > turn.ready + SLACK)
-        ]
+    def _told(self, turn: Turn, first: Turn, last: Turn, *, count: bool) -> str:
+        since = turn.ready + SLACK
+        meanwhile = self.turns[self._index(since) : self._index(turn.begin)] if count else []
+        later = sum(
+            each.priority > turn.priority or (each.priority == turn.priority and each.due > since) for each in meanwhile
+        )
         return (
-            f"{turn} began {(turn.begin - turn.ready) / 1e6:.0f} ms after it was ready, and after {len(later)} that come "
-            f"after it, as {first} and, {(last.begin - first.begin) / 1e6:.0f} ms later in the same worker, {last}"
+            f"{turn} began {(turn.begin - turn.ready) / 1e6:.0f} ms after it was ready, and after {later or 'some'} that "
+            f"come after it, as {first} and, {(last.begin - first.begin) / 1e6:.0f} ms later in the same worker, {last}"
         )
 
     def _index(self, moment: int) -> int:

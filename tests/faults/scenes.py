@@ -40,8 +40,7 @@ RECOVERY = {  # what a daemon does about the last one's death, by module: in whi
     "claims": ("Claims.open", "Claims.interrupted", "Claims.clear"),
     "spool": ("Spool.charge_crashes", "Spool.counts", "Spool.usage"),
 }
-
-ROWS = ("packed", "_pack", "_kind")
+ROWS = ("packed", "_pack", "_kind")  # what makes rows of jobs
 
 
 def send(c: Campaign, jobs: Sequence[Submitted], *, batch: int = 1) -> None:
