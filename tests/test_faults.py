@@ -9,24 +9,27 @@ import json
 import re
 import signal
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from daemon_process import ROOT, Daemon, job, wait_until
+from faults import scenes
 from faults.audit import Audit, Findings, Told
 from faults.campaign import FAULTS, Campaign
 from faults.endings import NASTY
-from faults.jobs import ACCEPTED, REFUSED, Jobs
+from faults.jobs import ACCEPTED, REFUSED, Jobs, Line
 from faults.ledger import Ledger
 from faults.page import POINTS, WORKER
 from faults.points import MODULES, all_points
-from faults.service import Death, Pause
+from faults.service import Death, History, Pause
 from faults.shim import Call, Shim
 from faults.walk import Walk
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
+
+    from faults.jobs import Submitted
 
 SEED = 20
 STATEMENTS = 20
@@ -97,6 +100,44 @@ def test_workers_that_are_killed_amid_their_jobs(tmp_path: Path) -> None:
         assert len(campaign.service.hit) > 3
 
 
+@pytest.mark.parametrize("name", sorted(set(scenes.BACKLOGS) - {"a backlog of many jobs"}))
+def test_jobs_begin_in_their_order(tmp_path: Path, name: str) -> None:
+    """By priority, then by the moment of being ready: whatever takes longer than it used to, whatever is in the spool only,
+    and over a restart.
+    """
+    with Campaign(tmp_path, SEED) as campaign:
+        campaign.begin()
+        scenes.backlog(campaign, name)
+        assert campaign.end().bad == []
+
+
+def test_recovery_is_killed_twice_at_the_same_statement(tmp_path: Path) -> None:
+    """A job that ran once when the first daemon was killed is charged once, though the next two were killed before they had
+    workers: where claims are wiped, and at a sample of the statements before and after that.
+    """
+    with Campaign(tmp_path, SEED) as campaign:
+        campaign.begin(clients=0)
+        points = scenes.points_of_recovery()
+        wiping = [point for point in points if point.function == "Claims.clear"]
+        assert wiping
+        for point in (*wiping, *campaign.random.sample(points, 2)):
+            scenes.kill_twice(campaign, point)
+        found = campaign.end()
+        assert found.bad == []
+        assert sum(found.dead.values()) >= len(wiping) + 2
+
+
+def test_a_job_fails_while_its_kind_is_stored(tmp_path: Path) -> None:
+    """The thread of the spool is held up where it makes rows; the first of many jobs that are alike fails meanwhile. After
+    the daemon was killed no other is charged with that.
+    """
+    with Campaign(tmp_path, SEED) as campaign:
+        campaign.begin(clients=0)
+        points = scenes.points_of_rows()
+        scenes.fail_while_stored(campaign, next((p for p in points if p.function == "_kind"), points[0]))
+        assert campaign.end().bad == []
+
+
 def test_a_refused_batch_has_no_results(tmp_path: Path) -> None:
     """The disk refuses a batch, one job of which has ended meanwhile: there is the error, and no line that belongs to
     an id which nobody was told.
@@ -162,12 +203,13 @@ def audit(tmp_path: Path, jobs: Jobs, lines: str, deaths: Sequence[Death] = (), 
     path = tmp_path / "ledger"
     path.write_text(lines)
     told = {int(number.removeprefix("job")): entry for number, entry in dead.items()}
-    return Audit(jobs, Ledger(path), told, deaths, [Pause(0, 0)]).run()
+    return Audit(jobs, Ledger(path), told, History(deaths, [Pause(0, 0)])).run()
 
 
 def one(state: str, target: str = "plain", **options: object) -> Jobs:
     jobs = Jobs()
-    jobs.add(target, {"max_crashes": 3, **options}).state = state
+    job = jobs.add(target, {"max_crashes": 3, **options})
+    job.state, job.sent = state, 0
     return jobs
 
 
@@ -224,7 +266,7 @@ def test_an_attempt_too_many_is_noticed(tmp_path: Path, what: str, explained: bo
 def test_a_job_that_is_dead_without_a_reason_is_noticed(tmp_path: Path) -> None:
     """A crash needs a death, a failure a job that raises; a job that was refused must not run."""
     crashed, failed = Told("crashed", 0, 3, ""), Told("failed", 1, 0, "")
-    assert len(audit(tmp_path, one(ACCEPTED), "B 1 10 9 1000\n", job1=crashed).innocent) == 1
+    assert len(audit(tmp_path, one(ACCEPTED), "B 1 10 9 1000\n", job1=crashed).charged) == 1
     assert len(audit(tmp_path, one(ACCEPTED), ONCE, job1=failed).innocent) == 1
     raised = ONCE.replace("ok", "raised")
     assert audit(tmp_path, one(ACCEPTED, "flaky"), raised, job1=failed).bad == []
@@ -253,8 +295,250 @@ def test_a_result_that_never_came_before_the_connection_was_cut_is_noticed(
     """The job had ended long before, and nothing stood still since."""
     path, jobs = tmp_path / "ledger", one(ACCEPTED, "result", reply="result")
     path.write_text(ONCE)
-    found = Audit(jobs, Ledger(path), {}, [], pauses).never_came([(jobs.by_number[1], alive)])
+    found = Audit(jobs, Ledger(path), {}, History((), pauses)).never_came([(jobs.by_number[1], alive)])
     assert len(found) == noticed
+
+
+# --- ... what begins out of order, too early, or not at all -------------------------------------------------
+
+MS = 1_000_000  # ns
+
+
+class Story:
+    """Jobs, and what became of them, as it is told; times are in ms."""
+
+    def __init__(self) -> None:
+        self.jobs = Jobs()
+        self._lines: list[tuple[float, str]] = []
+
+    def job(self, sent: float, *, target: str = "plain", known: float | None = None, **options: Any) -> Submitted:
+        """One that was sent then, and acknowledged one millisecond later, or then."""
+        job = self.jobs.add(target, {"max_crashes": 3, **options})
+        job.state, job.sent = ACCEPTED, int(sent * MS)
+        job.acknowledged = int((sent + 1 if known is None else known) * MS)
+        return job
+
+    def run(self, job: Submitted, begin: float, took: float | None = 1.0, pid: int = 10, how: str = "ok") -> None:
+        """It ran then, for so long; None: to no end."""
+        self._lines.append((begin, f"B {job.number} {pid} 9 {int(begin * MS)}\n"))
+        if took is not None:
+            self._lines.append((begin + took, f"E {job.number} {pid} {int((begin + took) * MS)} {how}\n"))
+
+    def ran(self, sent: float, begin: float, took: float = 1.0, pid: int = 10, **options: Any) -> Submitted:
+        """A job that ran once."""
+        job = self.job(sent, **options)
+        self.run(job, begin, took, pid)
+        return job
+
+    def audit(self, tmp_path: Path, dead: dict[int, Told] | None = None, **history: Any) -> Findings:
+        """What the audit finds in it."""
+        path = tmp_path / "ledger"
+        path.write_text("".join(line for _, line in sorted(self._lines)))
+        return Audit(self.jobs, Ledger(path), dead or {}, History(**history)).run()
+
+
+@pytest.mark.parametrize(
+    ("first", "others", "history", "noticed"),
+    [
+        ({}, {}, {}, True),
+        ({"priority": 0}, {}, {}, True),
+        ({"priority": 0}, {"sent": -5000}, {}, True),  # they had come before it, but it was more urgent
+        ({}, {"sent": -5000}, {}, False),
+        ({}, {"sent": 300}, {}, False),  # nobody knows which came first
+        ({}, {"priority": 50}, {}, False),
+        ({"priority": 150}, {}, {}, False),
+        ({"known": 9000}, {}, {}, False),  # it may have been on its way
+        ({"delay": 3.5}, {}, {}, False),
+        ({"delay": 0.2}, {}, {}, True),
+        ({}, {"delay": 0.5}, {}, True),
+        ({}, {"pid": 11}, {}, False),  # one running job in each worker
+        ({}, {"apart": 400}, {}, False),  # it may have been on its way back from another worker
+        ({}, {}, {"pauses": [Pause(1500 * MS, 3400 * MS)]}, False),
+        ({}, {}, {"pauses": [Pause(1500 * MS, 1600 * MS)]}, True),
+        ({}, {}, {"deaths": [Death("worker", 12, 1500 * MS, 1501 * MS)]}, True),
+    ],
+)
+def test_a_job_that_others_overtake_is_noticed(
+    tmp_path: Path, first: dict[str, Any], others: dict[str, Any], history: dict[str, Any], noticed: bool
+) -> None:
+    """Two that come after it were begun by the same worker, one long after the other, while it was ready."""
+    story = Story()
+    sent, pid, apart = others.pop("sent", 1000), others.pop("pid", 10), others.pop("apart", 1000)
+    story.ran(0, 4000, **first)
+    story.ran(sent, 2000, 300, **others)
+    story.ran(sent, 2000 + apart, 300, pid, **others)
+    found = story.audit(tmp_path, **history)
+    assert (len(found.disordered), len(found.bad)) == (noticed, noticed)
+
+
+@pytest.mark.parametrize(
+    ("count", "took", "sent", "paused", "noticed"),
+    [
+        (100, 20, 5000, 0, True),
+        (100, 20, 300, 0, False),  # nobody knows which came first
+        (10, 20, 5000, 0, False),  # each worker may have been given some
+        (1000, 0.01, 5000, 0, False),  # ... of quick ones many
+        (10_000, 0.01, 5000, 0, True),
+        (100, 20, 5000, 10, False),
+    ],
+)
+def test_a_job_that_overtakes_more_than_workers_have_is_noticed(
+    tmp_path: Path, count: int, took: float, sent: int, paused: int, noticed: bool
+) -> None:
+    """All of them had been ready long before it was due, and begin long after it."""
+    story = Story()
+    story.ran(sent, sent + 100, delay=0.05)
+    for number in range(count):
+        story.ran(0, 6000 + number * 25, took, 11 + number % 3, target="steady", seconds=took)
+    found = story.audit(tmp_path, pauses=[Pause((sent + 90) * MS, (sent + 90 + paused) * MS)])
+    assert (len(found.disordered), len(found.bad)) == (noticed, noticed)
+
+
+@pytest.mark.parametrize(
+    ("begin", "steps", "noticed"),
+    [(999, [], False), (990, [], True), (2000, [], False), (990, [Pause(500 * MS, 600 * MS)], False)],
+)
+def test_a_job_that_begins_before_it_is_due_is_noticed(
+    tmp_path: Path, begin: float, steps: list[Pause], noticed: bool
+) -> None:
+    """The delay is over so long after it was sent, unless the clock was set for a daemon that starts."""
+    story = Story()
+    story.ran(0, begin, delay=1.0)
+    found = story.audit(tmp_path, steps=steps)
+    assert (len(found.early), len(found.bad)) == (noticed, noticed)
+
+
+def test_a_job_that_is_tried_again_before_it_has_failed_is_noticed(tmp_path: Path) -> None:
+    """Two attempts at once are one too many, though both would be allowed one after the other."""
+    for again, noticed in ((50, True), (150, False)):
+        story = Story()
+        job = story.job(0, target="flaky", max_attempts=3)
+        story.run(job, 10, 100, 10, "raised")
+        story.run(job, again, 100, 11)
+        assert len(story.audit(tmp_path).early) == noticed
+
+
+@pytest.mark.parametrize(
+    ("history", "between", "noticed"),
+    [
+        ({}, 0, True),
+        ({}, 12_000, False),  # a worker had something to do
+        ({"down": [Pause(1000 * MS, 10_000 * MS)]}, 0, False),
+        ({"pauses": [Pause(1000 * MS, 10_000 * MS)]}, 0, False),
+        ({"down": [Pause(1000 * MS, 1100 * MS)]}, 0, True),
+    ],
+)
+def test_a_job_that_waits_for_nothing_is_noticed(
+    tmp_path: Path, history: dict[str, Any], between: float, noticed: bool
+) -> None:
+    """It was ready, and no worker had anything to do, for a long time in which there was a daemon."""
+    story = Story()
+    story.ran(-100, 0, max(1, between))
+    story.ran(0, 14_000)
+    found = story.audit(tmp_path, **history)
+    assert (len(found.stalled), len(found.bad)) == (noticed, noticed)
+
+
+# --- ... and charges that are wrong --------------------------------------------------------------------------
+
+KILLED = Death("daemon", 1, 100 * MS, 101 * MS)
+RECOVERING = [Death("daemon", pid, 100 * pid * MS, (100 * pid + 1) * MS, worked=False) for pid in (2, 3)]
+WORKER_KILLED = Death("worker", 10, 100 * MS, 101 * MS)
+
+
+@pytest.mark.parametrize(
+    ("deaths", "crashes", "noticed"),
+    [
+        ([KILLED], 1, False),
+        ([KILLED], 0, True),  # it was acknowledged long before
+        ([KILLED], 2, True),
+        ([KILLED, *RECOVERING], 1, False),
+        ([KILLED, *RECOVERING], 3, True),  # one run, three crashes
+        ([KILLED, RECOVERING[0]._replace(worked=True), RECOVERING[1]], 2, False),  # it may have been about to run
+        ([KILLED, RECOVERING[0]._replace(worked=True), RECOVERING[1]], 3, True),
+        ([WORKER_KILLED], 1, False),
+        ([WORKER_KILLED], 0, True),
+        ([WORKER_KILLED], 2, True),
+        ([WORKER_KILLED, KILLED._replace(since=150 * MS, until=151 * MS)], 0, False),  # which had not written it
+        ([WORKER_KILLED, WORKER_KILLED._replace(pid=12)], 2, False),  # that one may have been about to run it
+        ([Death("stop", 1, 100 * MS, 101 * MS)], 0, False),
+        ([Death("stop", 1, 100 * MS, 101 * MS)], 1, True),  # an orderly stop charges nobody
+    ],
+)
+def test_crashes_that_deaths_do_not_explain_are_noticed(
+    tmp_path: Path, deaths: list[Death], crashes: int, noticed: bool
+) -> None:
+    """A job runs, is cut off, runs again, and fails."""
+    story = Story()
+    job = story.job(0, target="held")
+    story.run(job, 50, None)
+    story.run(job, 60_000, 1, 11, "raised")
+    found = story.audit(tmp_path, {1: Told("failed", 1, crashes, "")}, deaths=deaths)
+    assert (len(found.charged), len(found.bad)) == (noticed, noticed)
+
+
+@pytest.mark.parametrize(
+    ("runs", "attempts", "deaths", "noticed"),
+    [
+        (2, 2, [], False),
+        (1, 2, [], True),  # the other one is somebody else's
+        (3, 2, [], True),
+        (3, 2, [KILLED._replace(since=20_100 * MS, until=20_101 * MS)], False),  # which had not written the second
+        (3, 2, [KILLED._replace(since=25_000 * MS, until=25_001 * MS)], True),
+    ],
+)
+def test_attempts_that_failures_do_not_explain_are_noticed(
+    tmp_path: Path, runs: int, attempts: int, deaths: list[Death], noticed: bool
+) -> None:
+    """A job fails so often, and is dead."""
+    story = Story()
+    job = story.job(0, target="fails", max_attempts=2)
+    for number in range(runs):
+        story.run(job, 10_000 * (number + 1), 1, 10 + number, "raised")
+    found = story.audit(tmp_path, {1: Told("failed", attempts, 0, "")}, deaths=deaths)
+    assert len(found.charged) == noticed
+    assert noticed or found.bad == []
+
+
+def test_a_job_that_was_told_to_start_anew_is_charged_with_less(tmp_path: Path) -> None:
+    """What it had behind it counts no more, so nothing is certain; but it is charged with no more than there was."""
+    for attempts, noticed in ((1, False), (2, False), (3, True)):
+        story = Story()
+        job = story.job(0, target="fails")
+        story.run(job, 10, 1, 10, "raised")
+        story.run(job, 5000, 1, 10, "raised")
+        told = {1: Told("failed", attempts, 0, "")}
+        assert len(story.audit(tmp_path, told, revived=frozenset({"fails"})).charged) == noticed
+
+
+@pytest.mark.parametrize(
+    ("ends", "attempts", "noticed"),
+    [(["ok"], 1, False), (["ok"], 2, True), (["raised", "ok"], 2, False), (["raised", "ok"], 1, True)],
+)
+def test_a_result_with_attempts_that_were_not_is_noticed(
+    tmp_path: Path, ends: list[str], attempts: int, noticed: bool
+) -> None:
+    """They are the runs that raised, and the one that did not."""
+    story = Story()
+    job = story.job(0, target="flaky", max_attempts=3)
+    for number, how in enumerate(ends):
+        story.run(job, 10 + number * 50, 1, 10, how)
+    job.line = Line("succeeded", attempts, 0, 1000 * MS)
+    found = story.audit(tmp_path)
+    assert (len(found.charged), len(found.bad)) == (noticed, noticed)
+
+
+@pytest.mark.parametrize("target", ["plain", "close_all_and_raise", "limit_memory"])
+def test_a_job_that_raised_and_is_told_to_have_succeeded_is_noticed(tmp_path: Path, target: str) -> None:
+    """Whatever it did to its worker; and so it is where nobody was told, but it is not dead."""
+    for told in (True, False):
+        story = Story()
+        job = story.job(0, target=target)
+        story.run(job, 10, 1, 10, "raised")
+        if told:
+            job.line = Line("succeeded", 1, 0, 1000 * MS)
+        found = story.audit(tmp_path)
+        assert (len(found.wrong), len(found.lost)) == (told, 1)
 
 
 def test_an_innocent_job_that_is_charged_is_noticed(tmp_path: Path) -> None:

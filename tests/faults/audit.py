@@ -6,14 +6,17 @@ from collections import Counter
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from faults import charges
 from faults.endings import NASTY
-from faults.jobs import ACCEPTED, REFUSED
-from faults.service import Death, Pause
+from faults.jobs import ACCEPTED, QUICK_BACKOFF, REFUSED
+from faults.order import NEVER, Order, Pauses, Turn
+from faults.service import Death, History, Pause
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
-    from faults.jobs import Jobs, Submitted
+    from faults.charges import Charges
+    from faults.jobs import Jobs, Line, Submitted
     from faults.ledger import Ledger, Run
 
 # A worker that has noted a job's end still has to return from it; a daemon, to hear of it and to write it. What is
@@ -21,6 +24,9 @@ if TYPE_CHECKING:
 WORKER_SLACK = 1.0
 DAEMON_SLACK = 2.0
 RESULT_SLACK = 1.0  # a client hears of the end, likewise
+STARTS_WITHIN = 2 * 10**9  # ns after a daemon is ready, or a fork server is gone, until there are workers that run jobs
+BACKOFF = int(QUICK_BACKOFF["cap"] * 1e9)  # ns, at most, until a job is due again that has failed
+SHOWN = 10  # lines of each kind of finding
 ORPHAN = 1  # the parent of a worker whose fork server is gone, which is about to follow it
 NASTY_KILL = 10**9  # ns within which a job that kills has done so
 
@@ -33,6 +39,7 @@ ATTEMPT, WORKER, SERVER, DAEMON, STOP, REFUSED_STOP, OWN = (
     "the daemon stopped while the disk refused",
     "its own doing",
 )
+FAILING = {"flaky", "fails", "held"}  # what raises of its own accord
 WHY = {"worker": WORKER, "fork server": SERVER, "daemon": DAEMON, "stop": STOP, "refused stop": REFUSED_STOP}
 
 
@@ -57,6 +64,10 @@ class Findings:
         self.lost: list[str] = []
         self.unexplained: list[str] = []
         self.innocent: list[str] = []  # dead jobs that did nothing wrong
+        self.disordered: list[str] = []  # begun before, or after, their turn
+        self.early: list[str] = []  # begun before they were due
+        self.stalled: list[str] = []  # not begun, though no worker had anything to do
+        self.charged: list[str] = []  # with more or fewer attempts or crashes than there were
         self.wrong: list[str] = []
 
     def add(self, other: Findings) -> None:
@@ -67,37 +78,50 @@ class Findings:
     @property
     def bad(self) -> list[str]:
         """All that must not be."""
-        lines = {"lost": self.lost, "unexplained": self.unexplained, "innocent": self.innocent, "wrong": self.wrong}
-        return [f"{kind}: {line}" for kind, found in lines.items() for line in found]
+        lines = {
+            "lost": self.lost,
+            "unexplained": self.unexplained,
+            "innocent": self.innocent,
+            "out of order": self.disordered,
+            "too early": self.early,
+            "stalled": self.stalled,
+            "charged wrongly": self.charged,
+            "wrong": self.wrong,
+        }
+        shown = []
+        for kind, found in lines.items():
+            shown += [f"{kind}: {line}" for line in found[:SHOWN]]
+            shown += [f"{kind}: ... and {len(found) - SHOWN} more"] if len(found) > SHOWN else []
+        return shown
 
 
 class Audit:
     """`dead`: what the daemon lists as dead, by number."""
 
-    def __init__(
-        self,
-        jobs: Jobs,
-        ledger: Ledger,
-        dead: Mapping[int, Told],
-        deaths: Sequence[Death],
-        pauses: Sequence[Pause],
-    ) -> None:
+    def __init__(self, jobs: Jobs, ledger: Ledger, dead: Mapping[int, Told], history: History) -> None:
         self.jobs = jobs
         self.ledger = ledger
         self.dead = dead
-        self.pauses = merged(pauses)
+        self.history = history
+        self.pauses = Pauses(history.pauses)
         self.found = Findings()
-        self.deaths = list(deaths)
+        self.deaths = list(history.deaths)
         for number, runs in ledger.runs.items():
             job = jobs.by_number.get(number)
             if job and job.target in NASTY and NASTY[job.target].kills == "fork server":
                 self.deaths += [Death("fork server", run.parent, run.begin, run.begin + NASTY_KILL) for run in runs]
         self.deaths.sort(key=lambda death: death.since)
         seen = {run.pid for runs in ledger.runs.values() for run in runs if run.end is None}
-        self.unseen = 0  # deaths that may have cut off a job before it noted anything
-        for death in self.deaths:
-            if death.what in {"fork server", "daemon"} or (death.what == "worker" and death.pid not in seen):
-                self.unseen += 1
+        # those that may have cut off a job before it noted anything
+        self.unseen = [
+            death
+            for death in self.deaths
+            if death.what == "fork server"
+            or (death.what == "daemon" and death.worked)
+            or (death.what == "worker" and death.pid not in seen)
+        ]
+        # after those nobody may know any more what had not been written
+        self.forgetting = [death for death in self.deaths if death.what in {"daemon", "refused stop", "stop"}]
 
     def run(self) -> Findings:
         """Look at every job."""
@@ -115,7 +139,46 @@ class Audit:
         for job in self.jobs.by_number.values():
             self._job(job, self.ledger.runs.get(job.number, []), self.dead.get(job.number))
         found.wrong += [f"job {number} is dead, and unknown" for number in set(self.dead) - set(self.jobs.by_number)]
+        self._order()
         return found
+
+    def _order(self) -> None:
+        history = self.history
+        changes = [Pause(death.since, death.until) for death in self.deaths if death.what != "worker"]
+        changes += [*history.stops, *history.down]
+        down = [*history.pauses, *(Pause(since, until + STARTS_WITHIN) for since, until in changes)]
+        turns = [
+            turn
+            for job in self.jobs.by_number.values()
+            if job.target not in NASTY and (runs := self.ledger.runs.get(job.number))
+            for turn in self._turns(job, runs)
+        ]
+        order = Order(turns, self.pauses, Pauses(down), history.workers)
+        self.found.early += order.early()
+        self.found.stalled += order.stalled()
+        self.found.disordered += order.overtaken() + order.overtakers()
+
+    def _turns(self, job: Submitted, runs: list[Run]) -> Iterator[Turn]:
+        """Its runs that have a place in the order: not those that go before all others, since some fault cut one off."""
+        first = runs[0]
+        if not (job.delay and self._clock_was_set(job.sent, first.begin)):
+            ready = NEVER if job.acknowledged is None else job.acknowledged + job.delay
+            yield self._turn(job, first, job.sent + job.delay, ready, "delayed" if job.delay else "")
+        for run, following in pairwise(runs):
+            failed = run.end is not None and not run.ok
+            if failed and not self._clock_was_set(run.begin, following.begin):
+                assert run.end is not None
+                if next(self._explaining(job, run, following.begin), None) is None:
+                    yield self._turn(job, following, run.end, run.end + BACKOFF, "tried again")
+
+    def _clock_was_set(self, since: int, until: int) -> bool:
+        """Whether it was, meanwhile: a daemon that starts then goes by what it says."""
+        return any(step.since <= until and step.until >= since for step in self.history.steps)
+
+    def _turn(self, job: Submitted, run: Run, due: int, ready: int, why: str) -> Turn:
+        end = run.end or next((death.until for death in self._explaining(job, run, NEVER)), run.begin)
+        work = run.end - run.begin if run.end else 0
+        return Turn(job.number, job.target, job.priority, due, ready, run.begin, end, work, (run.pid, run.parent), why)
 
     def _job(self, job: Submitted, runs: list[Run], told: Told | None) -> None:
         found = self.found
@@ -136,6 +199,8 @@ class Audit:
                 found.unexplained.append(f"{named(job)}: {shown(runs)}; {self._near(run)}")
             else:
                 found.again[why] += 1
+        if job.line is not None:
+            self._line(job, runs, job.line)
         if told is not None:
             found.dead[told.reason] += 1
             self._dead(job, runs, told)
@@ -143,11 +208,15 @@ class Audit:
             found.lost.append(f"{named(job)}: {shown(runs)}, and is not dead")
 
     def _why_again(self, job: Submitted, run: Run, before: int) -> str | None:
-        """What explains that the job ran again after this run, or that it is charged for it."""
+        """What explains that the job ran again after this run."""
         nasty = NASTY.get(job.target)
         if nasty is not None and nasty.kills:
             return OWN
-        for death in self.deaths:  # in the order in which they came
+        return next((WHY[death.what] for death in self._explaining(job, run, before)), None)
+
+    def _explaining(self, job: Submitted, run: Run, before: int) -> Iterator[Death]:
+        """The deaths that may have cut off this run, or kept its end from being known, in the order in which they came."""
+        for death in self.deaths:
             if death.since > before or death.over < (run.end or run.begin):
                 continue
             if death.what == "worker" and death.pid != run.pid:
@@ -156,22 +225,17 @@ class Audit:
                 continue
             if run.end is not None and not self._soon(job, run, death):
                 continue
-            return WHY[death.what]
-        return None
+            yield death
 
     def never_came(self, waiting: Sequence[tuple[Submitted, int]]) -> list[str]:
         """Results that never came on connections that were cut, though the daemon answered long after; with when (ns)."""
         found = []
         for job, alive in waiting:
             ended = [run.end for run in self.ledger.runs.get(job.number, []) if run.ok and run.end and run.end < alive]
-            if ended and alive - ended[0] - self._paused(ended[0], alive) > RESULT_SLACK * 1e9:
+            if ended and alive - ended[0] - self.pauses.within(ended[0], alive) > RESULT_SLACK * 1e9:
                 late = (alive - ended[0]) / 1e6
                 found.append(f"the result of {named(job)} had not come {late:.0f} ms after its end")
         return found
-
-    def _paused(self, since: int, until: int) -> int:
-        """For how long in this time something stood still."""
-        return sum(max(0, min(pause.until, until) - max(pause.since, since)) for pause in self.pauses)
 
     def _unwritten(self, job: Submitted, run: Run, before: int) -> bool:
         """Whether a daemon ended before then, and so soon after the run that it need not have written its end."""
@@ -186,7 +250,7 @@ class Audit:
     def _soon(self, job: Submitted, run: Run, death: Death) -> bool:
         """Whether it came so soon after the job's end that the end may not have been known."""
         assert run.end is not None
-        late = max(0, death.since - run.end) - self._paused(run.end, death.since)
+        late = max(0, death.since - run.end) - self.pauses.within(run.end, death.since)
         if death.what in {"worker", "fork server"}:
             return (run.next_begin is None or run.next_begin >= death.since) and late <= WORKER_SLACK * 1e9
         if late > DAEMON_SLACK * 1e9:
@@ -197,21 +261,92 @@ class Audit:
 
     def _dead(self, job: Submitted, runs: list[Run], told: Told) -> None:
         """A dead job must have earned it."""
+        about = f"{named(job)} is dead, {told.reason}: {told.message}; {shown(runs)}"
+        explained = self._charges(job, runs, dead=True)
+        if not explained.explain(told.attempts, told.crashes):
+            self.found.charged.append(
+                f"attempts {told.attempts}, crashes {told.crashes} instead of {explained}: {about}"
+            )
         nasty = NASTY.get(job.target)
         if nasty is not None and told.reason in nasty.endings:
             return
-        about = f"{named(job)} is dead, {told.reason}: {told.message}; {shown(runs)}"
         if told.reason == "crashed":
-            # charged once for each of its runs that some fault cut off, or that had not come to note its beginning
-            charges = sum(self._why_again(job, run, 2**63) is not None for run in runs)
-            if told.crashes > charges + self.unseen or (told.crashes < job.max_crashes and nasty is None):
+            if told.crashes < job.max_crashes and nasty is None:
                 self.found.innocent.append(about)
-        elif told.reason == "failed" and job.target == "flaky":
-            failed = sum(run.end is not None and not run.ok for run in runs)
-            if failed < told.attempts or told.attempts < job.max_attempts:
+        elif told.reason == "failed" and job.target in FAILING:
+            if told.attempts < job.max_attempts:
                 self.found.innocent.append(about)
         else:
             self.found.innocent.append(about)
+
+    def _line(self, job: Submitted, runs: list[Run], line: Line) -> None:
+        """What a client was told when the job had ended must be so."""
+        before = [run for run in runs if run.begin < line.at]
+        about = f"{named(job)} was told {line.status}, attempts {line.attempts}, crashes {line.crashes}; {shown(runs)}"
+        if line.status == "succeeded":
+            ends = [at for at, run in enumerate(before) if ends_well(job, run)]
+            if not ends:
+                self.found.wrong.append(about)
+            elif job.target not in NASTY:
+                # the first attempt is 1, and what was cut off does not count
+                each = [self._charges(job, before[:at], dead=False, again=before[at].begin) for at in ends]
+                if not any(charged.attempts[0] < line.attempts <= charged.attempts[1] + 1 for charged in each):
+                    self.found.charged.append(about)
+        elif not self._charges(job, before, dead=True).at_most().explain(line.attempts, line.crashes):
+            self.found.charged.append(about)
+
+    def _charges(self, job: Submitted, runs: Sequence[Run], *, dead: bool, again: int | None = None) -> Charges:
+        """What these runs explain, and the deaths that left no trace in them. `again`: when the next one began."""
+        found = charges.NOTHING
+        nasty = job.target in NASTY
+        explaining: set[Death] = set()
+        following = [*(run.begin for run in runs[1:]), again or NEVER]
+        for run, after in zip(runs, following, strict=False):
+            deaths = list(self._explaining(job, run, after))
+            explaining.update([death for death in deaths if death.until >= run.begin][:1] or deaths[:1])
+            what = {death.what for death in deaths}
+            certain = self._is_written(job, run, deaths)
+            if nasty:  # which do as they like
+                found += charges.AT_MOST_ONE
+            elif run.end is None:
+                found += charges.of_cut_off(what, certain=certain)
+            elif run.ok:
+                found += charges.of_ended(what, again=dead or after < NEVER, certain=certain and after < NEVER)
+            else:
+                found += charges.of_failed(what, certain=certain)
+        for death in self.unseen:
+            if death not in explaining and death.over >= job.sent and not self._elsewhere(runs, death):
+                found += charges.PERHAPS_CRASH
+        return found.at_most() if job.target in self.history.revived else found
+
+    def _elsewhere(self, runs: Sequence[Run], death: Death) -> bool:
+        """Whether the job was running somewhere for the whole of that time, or was over."""
+        return any(run.begin < death.since and run.end is not None and run.end > death.over for run in runs)
+
+    def _is_written(self, job: Submitted, run: Run, deaths: Sequence[Death]) -> bool:
+        """Whether the run is charged for certain: of the daemon's own death, a job that had been stored; of any other, and of
+        a failure, where no daemon ended, in any way, before it had written that.
+        """
+        others = [death.until for death in deaths if death.what in {"worker", "fork server"}]
+        at = max([run.end or (run.begin if others or not deaths else deaths[0].since), *others])
+        if any(stop.since <= at + DAEMON_SLACK * 1e9 and stop.until >= run.begin for stop in self.history.stops):
+            return False
+        ends = [
+            death
+            for death in self.forgetting
+            if death.over >= (run.end or run.begin)
+            and death.since - at - self.pauses.within(at, death.since) <= DAEMON_SLACK * 1e9
+        ]
+        if not ends:
+            return True
+        first = ends[0]
+        return (
+            run.end is None
+            and {death.what for death in deaths} == {"daemon"}
+            and all(death.what == "daemon" for death in ends)
+            and job.acknowledged is not None
+            and job.acknowledged < first.since
+        )
 
     def _near(self, run: Run) -> str:
         at = run.end or run.begin
@@ -219,21 +354,12 @@ class Audit:
         return "nearest: " + ", ".join(f"{d.what} {d.pid} {(d.since - at) / 1e6:+.1f} ms" for d in near)
 
 
-def merged(pauses: Sequence[Pause]) -> list[Pause]:
-    """The same time, but none of it twice."""
-    found: list[Pause] = []
-    for pause in sorted(pauses):
-        if found and pause.since <= found[-1].until:
-            found[-1] = Pause(found[-1].since, max(found[-1].until, pause.until))
-        else:
-            found.append(pause)
-    return found
-
-
 def ends_well(job: Submitted, run: Run) -> bool:
     """Whether the run may be the last of a job that is not dead."""
     nasty = NASTY.get(job.target)
-    return run.ok if nasty is None else "succeeded" in nasty.endings
+    if nasty is None or (run.end is not None and not run.ok):
+        return run.ok
+    return "succeeded" in nasty.endings
 
 
 def named(job: Submitted) -> str:

@@ -63,15 +63,14 @@ class Campaign:
 
     # --- an episode -----------------------------------------------------------------------------------------
 
-    def begin(self) -> None:
-        """Set the clients to work."""
+    def begin(self, *, clients: int = len(RATES)) -> None:
+        """Set so many clients to work."""
         self.episodes += 1
-        self.service.deaths.clear()
-        self.service.pauses.clear()
+        self.service.forget()
         names = (f"{self.seed}-{self.episodes}-{number}" for number in itertools.count())
         self.clients = [
             Submitter(self.service.daemon.socket, self.jobs, name, rate)
-            for name, rate in zip(names, RATES, strict=False)
+            for name, rate in zip(names, RATES[:clients], strict=False)
         ]
         for client in self.clients:
             client.start()
@@ -124,7 +123,7 @@ class Campaign:
             self._client_ended(client, ledger)
         dead = self._take_dead()
         self.service.take_hits()
-        audit = Audit(self.jobs, ledger, dead, self.service.deaths, self.service.pauses)
+        audit = Audit(self.jobs, ledger, dead, self.service.history())
         found = audit.run()
         for client in self.clients:
             found.wrong += audit.never_came(client.cut)

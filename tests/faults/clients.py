@@ -115,7 +115,7 @@ class Submitter(threading.Thread):
             self._waiting[reply["id"]] = job
 
     def _result(self, line: dict[str, Any]) -> None:
-        job = self._waiting.pop(line["id"], None)
+        job = self._waiting.pop(line.get("id", ""), None)
         if job is None:
             self._jobs.wrong.append(f"nobody waited for {line}")
         else:

@@ -91,13 +91,14 @@ def disk_stalls_and_workers_stop(c: Context) -> None:
 
 
 def step_clock(c: Context) -> None:
-    step = c.random.choice(STEPS)
+    step, since = c.random.choice(STEPS), time.monotonic_ns()
     c.service.shim.step_clock(step)
     c.moment(1.0)
     if c.random.random() < 0.3:
         kill_daemon(c)
         c.moment(0.5)
     c.service.shim.step_clock(-step)
+    c.service.steps.append(Pause(since, time.monotonic_ns()))
 
 
 DISK: Faults = {

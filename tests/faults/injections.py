@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from daemon_process import Process
 from faults import bad_clients
-from faults.page import DAEMON, FORK_SERVER, WORKER
+from faults.page import DAEMON, FORK_SERVER, HOLD, WORKER
 from faults.service import GOOD
 
 if TYPE_CHECKING:
@@ -114,7 +114,7 @@ def stop_daemon_and_kill_worker(c: Context) -> None:
             c.moment()
 
 
-def point(c: Context, role: int, number: signal.Signals) -> None:
+def point(c: Context, role: int, number: int) -> None:
     c.service.arm(role, number, countdown=int(10 ** (c.random.random() * 3.5)))
     await_hit(c)
 
@@ -261,6 +261,7 @@ PROCESSES: Faults = {  # each with how often it comes, in shares
     "statement of the fork server: SIGSTOP": (1, lambda c: point_of_fork_server(c, signal.SIGSTOP)),
     "statement of the daemon: SIGKILL": (8, lambda c: point(c, DAEMON, signal.SIGKILL)),
     "statement of the daemon: SIGSTOP": (3, lambda c: point(c, DAEMON, signal.SIGSTOP)),
+    "statement of the daemon: its thread held up": (3, lambda c: point(c, DAEMON, HOLD)),
     "reload": (2, reload),
     "reload, the class changed": (2, reload_changed),
     "reload, and back": (1, reload_and_back),

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from typing import TYPE_CHECKING, Any
+import time
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from faults.endings import NASTY
 
@@ -14,12 +15,25 @@ UNKNOWN, ACCEPTED, REFUSED, FAILED = "unknown", "accepted", "refused", "spool_fa
 HARMLESS_CODES = {"draining", "spool_full"}  # what is refused like that has changed nothing
 PRIORITIES = (50, 100, 100, 100, 150)
 QUICK_BACKOFF = {"base": 0.02, "cap": 0.2}
+PRIORITY = 100  # of a job that says nothing else
+
+
+class Line(NamedTuple):
+    """The second line that a client got for a job, and when (CLOCK_MONOTONIC, ns) it read it."""
+
+    status: str
+    attempts: int
+    crashes: int
+    at: int
 
 
 class Submitted:
-    """One job; `state` is the best answer that its client had."""
+    """One job; `state` is the best answer that its client had. Times are CLOCK_MONOTONIC in ns."""
 
-    __slots__ = ("key", "max_attempts", "max_crashes", "number", "request", "state", "target", "wanted")
+    __slots__ = (
+        *("acknowledged", "delay", "key", "line", "max_attempts", "max_crashes", "number", "priority", "request"),
+        *("sent", "state", "target", "wanted"),
+    )
 
     def __init__(self, number: int, target: str, request: dict[str, Any]) -> None:
         self.number = number
@@ -28,8 +42,13 @@ class Submitted:
         self.key: str | None = request.get("id")
         self.max_attempts: int = request.get("max_attempts", 1)
         self.max_crashes: int = request["max_crashes"]
+        self.priority: int = request.get("priority", PRIORITY)
+        self.delay = int(request.get("delay", 0.0) * 1e9)  # ns
         self.wanted = request.get("reply") == "result"
+        self.line: Line | None = None
         self.state = UNKNOWN
+        self.sent = time.monotonic_ns()  # it was not sent before that
+        self.acknowledged: int | None = None  # when its client knew that it was accepted
 
 
 class Jobs:
@@ -94,6 +113,7 @@ class Jobs:
             if reply["status"] == "duplicate" and job.key is None:
                 self.wrong.append(f"job {job.number} has no id of its own, and was answered `duplicate`")
             job.state = ACCEPTED
+            job.acknowledged = job.acknowledged or time.monotonic_ns()
         elif (code := reply.get("error", {}).get("code")) == "spool_failed":
             job.state = FAILED
             return job.key is None
@@ -109,5 +129,6 @@ class Jobs:
     def ended(self, job: Submitted, line: dict[str, Any]) -> None:
         """The second line that a client got for it."""
         job.wanted = False
+        job.line = Line(line["status"], line["attempts"], line.get("crashes", 0), time.monotonic_ns())
         if line["status"] == "succeeded" and job.target == "result" and line["result"]["number"] != job.number:
             self.wrong.append(f"job {job.number} was told the result of {line['result']['number']}")

@@ -1,6 +1,6 @@
 """Runs the fault campaign, and ends in a table; exit status 1 when a job was lost, or anything else was not as promised.
 
-tests/run faults [--minutes N] [--seed S] [--only walk|strike|storm|soak]... [--output FOLDER]
+tests/run faults [--minutes N] [--seed S] [--only walk|strike|storm|backlog|recovery|soak]... [--output FOLDER]
 """
 
 from __future__ import annotations
@@ -12,17 +12,23 @@ import signal
 import sys
 import tempfile
 import time
+from math import inf
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 HERE = Path(__file__).parent
 sys.path[:1] = [str(HERE.parent), str(HERE.parents[1])]  # in place of this folder
 
-from faults import chart, report, storms  # noqa: E402 - found by way of the line above
+from faults import chart, report, scenes, storms  # noqa: E402 - found by way of the line above
 from faults.campaign import Campaign  # noqa: E402 - likewise
 from faults.soak import Series, soak  # noqa: E402 - likewise
 from faults.walk import Walk  # noqa: E402 - likewise
 
-SHARES = {"walk": 0.4, "strike": 0.25, "storm": 0.2, "soak": 0.15}  # of the time
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+# of the time
+SHARES = {"walk": 0.35, "strike": 0.2, "storm": 0.15, "backlog": 0.1, "recovery": 0.1, "soak": 0.1}
 EPISODE = 45.0  # seconds between two audits
 AMONG_THEMSELVES = 6.0  # seconds of jobs that end their workers, after each of them
 
@@ -51,6 +57,10 @@ def main() -> int:
             if "storm" in phases:
                 seen = storms.storms(Path(name), given.seed, seconds["storm"])
                 more += storms.lines(seen)
+            if "backlog" in phases:
+                play(c, seconds["backlog"], scenes.backlogs(c), most=1)
+            if "recovery" in phases:
+                play(c, seconds["recovery"], scenes.kills_in_recovery(c))
             if "soak" in phases:
                 series = soak(c, seconds["soak"])
                 more += ["", "Soak", "=" * 40, *map(str, series)]
@@ -97,6 +107,19 @@ def strike(c: Campaign, seconds: float) -> None:
         finish(c)
         c.begin()
         c.crash(min(AMONG_THEMSELVES, left / 5))
+        finish(c)
+
+
+def play(c: Campaign, seconds: float, steps: Iterator[None], most: float = inf) -> None:
+    """Take steps, at most so many in an episode."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        c.begin()
+        episode = min(end, time.monotonic() + EPISODE)
+        taken = 0
+        while taken < most and time.monotonic() < episode:
+            next(steps)
+            taken += 1
         finish(c)
 
 

@@ -11,7 +11,6 @@ import time
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
-    import signal
     from pathlib import Path
 
 DAEMON, FORK_SERVER, WORKER = 1, 2, 3
@@ -23,7 +22,12 @@ POINTS = 2**15  # more than there are modules in faults.points times its STRIDE
 _RECORDS, _RECORD = 8, 5  # where the records are: point, CLOCK_MONOTONIC in ns, pid, role, signal
 _SLOTS = 64
 _COVERED = 4096  # byte from which on there is one for each point, by role
-SIZE = _COVERED + 4 * POINTS
+_SERVED = (_COVERED + 4 * POINTS) // 8  # word from which on there are daemons that have come to have a fork server
+_DAEMONS = 4096
+SIZE = 8 * (_SERVED + _DAEMONS)
+
+HOLD = 0  # in SIGNAL: none is sent, but the thread that has come there is held up, and the others go on
+HELD = 0.05  # seconds
 
 
 class Hit(NamedTuple):
@@ -33,7 +37,7 @@ class Hit(NamedTuple):
     at: int  # CLOCK_MONOTONIC in ns
     pid: int
     role: int
-    signal: int
+    signal: int  # or HOLD
 
 
 class Page:
@@ -66,11 +70,19 @@ class Page:
         number = words[SIGNAL]
         words[at + 1], words[at + 2], words[at + 3], words[at + 4] = time.monotonic_ns(), pid, role, number
         words[at] = point
-        os.kill(pid, number)
+        if number == HOLD:
+            time.sleep(HELD)
+        else:
+            os.kill(pid, number)
+
+    def serve(self) -> None:
+        """Note that the daemon is about to have workers: its fork server says so."""
+        daemon = os.getppid()
+        self.words[_SERVED + daemon % _DAEMONS] = daemon
 
     # --- in the campaign ------------------------------------------------------------------------------------
 
-    def arm(self, role: int, number: signal.Signals, point: int = 0, countdown: int = 1) -> None:
+    def arm(self, role: int, number: int, point: int = 0, countdown: int = 1) -> None:
         """The next process in this role to reach the point (0: any), for the nth time, sends itself the signal."""
         words = self.words
         words[MODE] = OFF
@@ -90,6 +102,10 @@ class Page:
         """The points that were reached in this role since `cover`."""
         start = _COVERED + role * POINTS
         return {point for point, seen in enumerate(self._memory[start : start + POINTS]) if seen}
+
+    def has_served(self, daemon: int) -> bool:
+        """Whether the latest daemon with this pid has come to have a fork server, and so may have had workers."""
+        return self.words[_SERVED + daemon % _DAEMONS] == daemon
 
     def take_hits(self) -> list[Hit]:
         """What has been done since this was last called."""

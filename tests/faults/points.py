@@ -147,6 +147,8 @@ def install(page: Page, role: int) -> None:
     from faults.page import FORK_SERVER, WORKER
 
     page.role = role
+    if role == FORK_SERVER:
+        page.serve()
 
     def forked() -> None:
         page.role = WORKER if page.role == FORK_SERVER else 0  # what a job forks is nobody's

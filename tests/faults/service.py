@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from daemon_process import ROOT, Client, Daemon, Process, wait_until
 from faults.descriptors import FOLDER
-from faults.page import DAEMON, FORK_SERVER, ROLES, Page
+from faults.page import DAEMON, FORK_SERVER, HELD, HOLD, ROLES, Page
 from faults.shim import Shim
 from faults.targets import LEDGER
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
 PATIENCE = 60.0  # seconds; a daemon that answers no ping for so long has failed
 DRAIN_TIMEOUT = 1.0
@@ -44,6 +44,7 @@ class Death(NamedTuple):
     pid: int
     since: int
     until: int
+    worked: bool = True  # False: of a daemon that had not come to have a worker
 
     @property
     def over(self) -> int:
@@ -52,10 +53,22 @@ class Death(NamedTuple):
 
 
 class Pause(NamedTuple):
-    """A time for which a process stood still, or the disk refused."""
+    """A time for which a process stood still, or the disk refused; or of another thing: see History."""
 
     since: int
     until: int
+
+
+class History(NamedTuple):
+    """What was done to the service, to its clock and to its dead jobs."""
+
+    deaths: Sequence[Death] = ()
+    pauses: Sequence[Pause] = ()
+    stops: Sequence[Pause] = ()  # for which a daemon that was asked to was about to stop
+    steps: Sequence[Pause] = ()  # for which the wall clock was set to another time
+    down: Sequence[Pause] = ()  # from the end of a daemon until the next one was ready
+    revived: frozenset[str] = frozenset()  # targets whose dead jobs were told to start anew
+    workers: int = 4  # at most
 
 
 def stopped(process: Process) -> bool:
@@ -94,6 +107,10 @@ class Service:
         self.page = Page(folder / "page")
         self.deaths: list[Death] = []
         self.pauses: list[Pause] = []
+        self.stops: list[Pause] = []
+        self.steps: list[Pause] = []
+        self.down: list[Pause] = []
+        self.revived: set[str] = set()
         self.problems: list[str] = []
         self.starts = 0
         self.hit: set[tuple[int, int]] = set()  # the fault points that did something: role, number
@@ -130,11 +147,19 @@ class Service:
         self._keeper.join()
 
     def _keep(self) -> None:
+        since = before = 0
         while True:
             process = self.daemon.process
             assert process is not None
+            while since:
+                ready = self.daemon.notifications.has("READY", "1", before)
+                if ready or process.poll() is not None:
+                    self.down.append(Pause(since, time.monotonic_ns()))
+                    break
+                time.sleep(0.02)
             status = process.wait()
-            self._exited(process.pid, status, time.monotonic_ns())
+            since, before = time.monotonic_ns(), len(self.daemon.notifications.messages)
+            self._exited(process.pid, status, since)
             if self._closing:
                 return
             if status > 0:
@@ -149,21 +174,24 @@ class Service:
 
     def _exited(self, pid: int, status: int, at: int) -> None:
         self.take_hits()
+        if pid in self._stopping:
+            self.stops.append(Pause(self._stopping[pid], at))
+        worked = self.page.has_served(pid)
         if pid in self._stopping and status == 0:
             if pid in self.unwritten:
                 self.deaths.append(Death("refused stop", pid, self._stopping[pid], at))
             elif pid in self._hurried or at - self._stopping[pid] >= DRAIN_TIMEOUT * 1e9:
                 self.deaths.append(Death("stop", pid, self._stopping[pid], at))
         elif pid in self._killed:
-            self.deaths.append(Death("daemon", pid, self._killed[pid], at))
+            self.deaths.append(Death("daemon", pid, self._killed[pid], at, worked))
         elif any(death.pid == pid and death.what == "daemon" for death in self.deaths):
             pass  # at a fault point
         elif (number := INTERRUPTED if status in INTERRUPTED_EXITS else -status) in self._sent.get(pid, {}):
             # it came before there was a handler for it, or after
             self.early[signal.Signals(number).name] += 1
-            self.deaths.append(Death("daemon", pid, self._sent[pid][number], at))
+            self.deaths.append(Death("daemon", pid, self._sent[pid][number], at, worked))
         elif not self._closing:
-            self.deaths.append(Death("daemon", pid, at, at))
+            self.deaths.append(Death("daemon", pid, at, at, worked))
             if status not in self.fine or pid in self._stopping:
                 how = f"signal {-status}" if status < 0 else f"exit status {status}"
                 self.problems.append(f"the daemon {pid} ended by itself: {how}\n{self.daemon.log[-2000:]}")
@@ -223,7 +251,16 @@ class Service:
                 os.kill(pid, signal.SIGCONT)
             self.pauses.append(Pause(since, time.monotonic_ns()))
 
-    def arm(self, role: int, number: signal.Signals, point: int = 0, countdown: int = 1) -> None:
+    def history(self) -> History:
+        """What has been done since `forget`."""
+        return History(self.deaths, self.pauses, self.stops, self.steps, self.down, frozenset(self.revived))
+
+    def forget(self) -> None:
+        """Begin the history anew: what has been done so far was audited."""
+        for record in (self.deaths, self.pauses, self.stops, self.steps, self.down, self.revived):
+            record.clear()
+
+    def arm(self, role: int, number: int, point: int = 0, countdown: int = 1) -> None:
         """See Page.arm."""
         self.page.arm(role, number, point, countdown)
 
@@ -235,7 +272,10 @@ class Service:
                 self.hit.add((hit.role, hit.point))
                 process = Process.of(hit.pid)
                 if hit.signal == signal.SIGKILL:
-                    self.deaths.append(Death(ROLES[hit.role], hit.pid, hit.at, time.monotonic_ns()))
+                    worked = hit.role != DAEMON or self.page.has_served(hit.pid)
+                    self.deaths.append(Death(ROLES[hit.role], hit.pid, hit.at, time.monotonic_ns(), worked))
+                elif hit.signal == HOLD:
+                    self.pauses.append(Pause(hit.at, hit.at + int(HELD * 1e9)))
                 elif process is not None:
                     with contextlib.suppress(AssertionError):  # somebody else may have let it go on by now
                         wait_until(partial(stopped, process), "it has stopped, as it was about to", 1.0)

@@ -72,6 +72,29 @@ class Targets(NastyTargets):
             if random.random() < 0.5:
                 raise RuntimeError("of no luck")
 
+    def steady(self, arguments: Any) -> None:
+        """Takes as long as most of its kind; may come with arguments of any size."""
+        with self._job(arguments):
+            time.sleep(arguments["seconds"])
+
+    def varied(self, arguments: Any) -> None:
+        """Takes no time at all, mostly, but sometimes a long one."""
+        with self._job(arguments):
+            time.sleep(arguments["seconds"])
+
+    def fails(self, arguments: Any) -> None:
+        """Takes a while, and always raises."""
+        with self._job(arguments):
+            time.sleep(arguments["seconds"])
+            raise RuntimeError("as ever")
+
+    def held(self, arguments: Any) -> None:
+        """Goes on for as long as there is a file, then raises."""
+        with self._job(arguments):
+            while os.path.exists(arguments["while"]):
+                time.sleep(0.005)
+            raise RuntimeError("after all")
+
     def returns_late(self, arguments: Any) -> None:
         """Its end is noted a while before it returns: to be killed in between is easy, and rightly runs it again."""
         with self._job(arguments):

@@ -33,6 +33,7 @@ def commands(c: Context) -> None:
         client.socket.settimeout(1.0)  # whoever is to answer may stand still, until it is seen that it does
         for request in ({"command": "status"}, {"command": "targets"}, {"command": "dead"}, {"command": "ping"}):
             client.send(request)
+        c.service.revived.add("slow")
         client.request({"command": "dead", "action": "retry", "target": "slow"})
 
 
