@@ -86,6 +86,9 @@ def send(path: Path, lines: list[bytes], burst: int) -> list[int]:
             client.sendall(data)
             with contextlib.suppress(BlockingIOError):
                 client.recv(2**16, socket.MSG_DONTWAIT)
+        client.shutdown(socket.SHUT_WR)
+        while client.recv(2**16):  # to close it with replies unread would be to leave before all is taken in
+            pass
     return sent[: len(lines)]
 
 
