@@ -118,7 +118,7 @@ def test_recovery_is_killed_twice_at_the_same_statement(tmp_path: Path) -> None:
     with Campaign(tmp_path, SEED) as campaign:
         campaign.begin(clients=0)
         points = scenes.points_of_recovery()
-        wiping = [point for point in points if point.function == "Claims.clear"]
+        wiping = {p.function: p for p in points if p.function in {"Claims.clear", "Claims.renew"}}.values()
         assert wiping
         for point in (*wiping, *campaign.random.sample(points, 2)):
             scenes.kill_twice(campaign, point)
@@ -473,7 +473,9 @@ def test_crashes_that_deaths_do_not_explain_are_noticed(
     job = story.job(0, target="held")
     story.run(job, 50, None)
     story.run(job, 60_000, 1, 11, "raised")
-    found = story.audit(tmp_path, {1: Told("failed", 1, crashes, "")}, deaths=deaths)
+    later = Death("daemon", 7, 70_000 * MS, 70_001 * MS)  # when it was dead
+    told = Told("failed", 1, crashes, "", 60_001 * MS)
+    found = story.audit(tmp_path, {1: told}, deaths=[*deaths, later])
     assert (len(found.charged), len(found.bad)) == (noticed, noticed)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -26,6 +27,7 @@ DAEMON_SLACK = 2.0
 RESULT_SLACK = 1.0  # a client hears of the end, likewise
 STARTS_WITHIN = 2 * 10**9  # ns after a daemon is ready, or a fork server is gone, until there are workers that run jobs
 BACKOFF = int(QUICK_BACKOFF["cap"] * 1e9)  # ns, at most, until a job is due again that has failed
+CLOCKS_DIFFER = 10**8  # ns, at most, by which a time on the wall clock is another on the monotonic one
 SHOWN = 10  # lines of each kind of finding
 ORPHAN = 1  # the parent of a worker whose fork server is gone, which is about to follow it
 NASTY_KILL = 10**9  # ns within which a job that kills has done so
@@ -50,6 +52,7 @@ class Told(NamedTuple):
     attempts: int
     crashes: int
     message: str
+    ended: int = NEVER  # CLOCK_MONOTONIC in ns, unless the wall clock was set
 
 
 class Findings:
@@ -262,7 +265,7 @@ class Audit:
     def _dead(self, job: Submitted, runs: list[Run], told: Told) -> None:
         """A dead job must have earned it."""
         about = f"{named(job)} is dead, {told.reason}: {told.message}; {shown(runs)}"
-        explained = self._charges(job, runs, dead=True)
+        explained = self._charges(job, runs, dead=True, ended=NEVER if self.history.steps else told.ended)
         if not explained.explain(told.attempts, told.crashes):
             self.found.charged.append(
                 f"attempts {told.attempts}, crashes {told.crashes} instead of {explained}: {about}"
@@ -295,12 +298,17 @@ class Audit:
         elif not self._charges(job, before, dead=True).at_most().explain(line.attempts, line.crashes):
             self.found.charged.append(about)
 
-    def _charges(self, job: Submitted, runs: Sequence[Run], *, dead: bool, again: int | None = None) -> Charges:
-        """What these runs explain, and the deaths that left no trace in them. `again`: when the next one began."""
+    def _charges(
+        self, job: Submitted, runs: Sequence[Run], *, dead: bool, again: int = NEVER, ended: int = NEVER
+    ) -> Charges:
+        """What these runs explain, and the deaths that left no trace in them.
+
+        `again`: when the next run began; `ended`: when the job was dead.
+        """
         found = charges.NOTHING
         nasty = job.target in NASTY
         explaining: set[Death] = set()
-        following = [*(run.begin for run in runs[1:]), again or NEVER]
+        following = [*(run.begin for run in runs[1:]), again]
         for run, after in zip(runs, following, strict=False):
             deaths = list(self._explaining(job, run, after))
             explaining.update([death for death in deaths if death.until >= run.begin][:1] or deaths[:1])
@@ -315,12 +323,13 @@ class Audit:
             else:
                 found += charges.of_failed(what, certain=certain)
         for death in self.unseen:
-            if death not in explaining and death.over >= job.sent and not self._elsewhere(runs, death):
+            alive = job.sent <= death.over and death.since <= min(again, ended + CLOCKS_DIFFER)
+            if death not in explaining and alive and not self._elsewhere(runs, death):
                 found += charges.PERHAPS_CRASH
         return found.at_most() if job.target in self.history.revived else found
 
     def _elsewhere(self, runs: Sequence[Run], death: Death) -> bool:
-        """Whether the job was running somewhere for the whole of that time, or was over."""
+        """Whether the job was running somewhere for the whole of that time."""
         return any(run.begin < death.since and run.end is not None and run.end > death.over for run in runs)
 
     def _is_written(self, job: Submitted, run: Run, deaths: Sequence[Death]) -> bool:
@@ -384,5 +393,7 @@ def shown(runs: Sequence[Run]) -> str:
 def told(entry: Mapping[str, Any]) -> tuple[int, Told]:
     """An entry of the `dead` command: the job's number, and what is said of it."""
     error = entry["error"]
-    about = Told(error["reason"], entry["attempts"], entry["crashes"], f"{error['type']}: {error['message']}"[:200])
+    text = f"{error['type']}: {error['message']}"[:200]
+    ended = time.monotonic_ns() - int((time.time() - entry["ended"]) * 1e9)
+    about = Told(error["reason"], entry["attempts"], entry["crashes"], text, ended)
     return entry["arguments"]["number"], about

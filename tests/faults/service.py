@@ -113,6 +113,7 @@ class Service:
         self.revived: set[str] = set()
         self.problems: list[str] = []
         self.starts = 0
+        self.hits = 0  # that were noted so far
         self.hit: set[tuple[int, int]] = set()  # the fault points that did something: role, number
         self.early: Counter[str] = Counter()  # signals that ended a daemon which was not ready for them
         self.fine = {0}  # exit statuses that are no surprise at present
@@ -268,6 +269,7 @@ class Service:
         """Note what happened at fault points, and let who stopped there go on after a pause; how many there were."""
         with self._lock:
             hits = self.page.take_hits()
+            self.hits += len(hits)
             for hit in hits:
                 self.hit.add((hit.role, hit.point))
                 process = Process.of(hit.pid)
