@@ -122,7 +122,8 @@ class Backlog:
 
     def promote(self, now: float, most: int) -> bool:
         """Have the scheduled jobs that are due join their lines, at most so many; whether more are."""
-        due = self.schedule.take_due(now, most)
+        if not (due := self.schedule.take_due(now, most)):
+            return False
         lines: dict[int, list[Job]] = {}
         for job in due:
             job.become(State.READY)
@@ -205,6 +206,10 @@ class Backlog:
         for priority, count in ready.items():
             self.line(priority).stored += count
         self.frozen = None
+
+    def has_tail(self) -> bool:
+        """Whether some of it is in the spool only."""
+        return bool(self.schedule.stored) or any(line.stored for line in self.lines.values())
 
     def wanted(self, now: float) -> Refill | None:
         """The next piece of the backlog that should be read from the spool now, if any. Ask until None."""

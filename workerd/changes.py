@@ -31,6 +31,8 @@ class Snapshot(msgspec.Struct, frozen=True):
     @classmethod
     def of(cls, jobs: Sequence[Job]) -> Snapshot:
         """The jobs as they are now. To be called where they change: on the event loop."""
+        if not jobs:
+            return NO_JOBS
         return cls(jobs, [job.attempts for job in jobs], [job.crashes for job in jobs], [job.ready_at for job in jobs])
 
     def __len__(self) -> int:
@@ -46,6 +48,9 @@ class Snapshot(msgspec.Struct, frozen=True):
 
     def __getitem__(self, part: slice) -> Snapshot:
         return Snapshot(self.jobs[part], self.attempts[part], self.crashes[part], self.ready_at[part])
+
+
+NO_JOBS = Snapshot((), [], [], [])
 
 
 class Transaction(msgspec.Struct, frozen=True):

@@ -179,7 +179,7 @@ class Engine:
         if writer.changes:
             writer.wake(at_once=not queue.quick())
         self.on_change()
-        while (refill := queue.backlog.wanted(clock.now())) is not None:
+        while queue.backlog.has_tail() and (refill := queue.backlog.wanted(clock.now())) is not None:
             reading = self.pool.loop.create_task(self._refill(refill))
             self._refills.add(reading)
             reading.add_done_callback(self._refills.discard)
@@ -217,8 +217,9 @@ class Engine:
             log.error("%d jobs are dead, since what the spool has of them makes no sense", count, extra=SPOILED)
             self.dead.add(spoiled)
             self.queue.spoiled(refill, count)
-        for job in self.queue.backlog.refilled(refill, jobs):
-            if self.waiters and (waiter := self.waiters.pop(job.seq, None)) is not None:
+        taken_in = self.queue.backlog.refilled(refill, jobs)
+        for job in taken_in if self.waiters else ():
+            if (waiter := self.waiters.pop(job.seq, None)) is not None:
                 job.waiter = waiter
         if not (jobs or spoiled):  # it is not there yet: it may be that the disk refuses to take it
             await asyncio.sleep(EMPTY_REFILL)

@@ -1,6 +1,6 @@
 """Messages on a pipe, as `multiprocessing.connection` frames them: a signed 32-bit length, then so many bytes.
 
-One end of each pipe is a `Connection`, which blocks; the other belongs to an event loop and uses this instead.
+The worker's end of each pipe is a `Connection`, which sends; all else reads, and the parent's end writes, by this.
 """
 
 from __future__ import annotations

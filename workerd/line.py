@@ -132,10 +132,11 @@ class Line:
         meanwhile, self._meanwhile = self._meanwhile, []
         if not read:
             return []
-        # what was put there after that was read must not be left behind
-        end, seqs = place(read[-1]), {job.seq for job in read}
-        missed = [job for job in meanwhile if job.state is State.READY and job.seq not in seqs and place(job) < end]
-        jobs = sorted((*read, *missed), key=place)
+        jobs = list(read)
+        if meanwhile:  # what was put there after that was read must not be left behind
+            end, seqs = place(read[-1]), {job.seq for job in read}
+            jobs += [job for job in meanwhile if job.state is State.READY and job.seq not in seqs and place(job) < end]
+            jobs.sort(key=place)
         self.stored -= len(jobs)
         self.add(jobs)
         return jobs

@@ -68,6 +68,8 @@ class Schedule:
         """The jobs whose time has come, in order, at most so many."""
         heap = self._heap
         due: list[Job] = []
+        if not heap or heap[0][0] > now:  # mostly
+            return due
         while heap and heap[0][0] <= now and len(due) < most:
             due.append(heapq.heappop(heap)[2])
             self._step_over()

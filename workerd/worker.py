@@ -16,7 +16,6 @@ import inspect
 import logging
 import os
 import pickle
-import select
 import signal
 import sys
 import threading
@@ -30,7 +29,7 @@ import msgspec
 
 from workerd import claims
 from workerd.errors import JobTimeout
-from workerd.frames import MARK
+from workerd.frames import MARK, FrameReader
 from workerd.output import TEXT_LIMIT, JobLogHandler, JobStream
 
 if TYPE_CHECKING:
@@ -47,6 +46,7 @@ READY, FAILED, OUTCOMES, STOPPED, OUTPUT, RECYCLE = range(6)
 RESULT, ERROR, TIMEOUT, UNUSABLE = range(4)
 
 TIMEOUT_SIGNAL = signal.SIGXCPU  # "time is up", and nothing that jobs use for themselves
+READ_SIZE = 256 * 1024  # bytes
 REPORT_AFTER = 5_000_000  # nanoseconds after which finished jobs are reported in the middle of a batch
 RESULT_LIMIT = 16 * 2**20
 
@@ -174,8 +174,7 @@ class Worker:
         self._encode = msgspec.msgpack.Encoder().encode
         self._descriptor = connection.fileno()
         self._pipe = self._found()
-        self._readable = select.poll()
-        self._readable.register(self._descriptor, select.POLLIN)
+        self._frames = FrameReader(limit=2**31 - 1)
         self._handler = self._expire
         self.streams: list[JobStream] = []
         signal.signal(TIMEOUT_SIGNAL, self._handler)
@@ -197,14 +196,21 @@ class Worker:
         """Run batches until the pool closes the pipe, or is gone. Raises LostPipeError."""
         with contextlib.suppress(EOFError, OSError):
             while True:
-                self._readable.poll()  # before the check: while it waits, a thread of a job's may close the pipe
-                self._check_pipe()
-                first, columns = self._decode(self.connection.recv_bytes())
-                if getsignal(TIMEOUT_SIGNAL) is not self._handler:  # a job has set it
-                    signal.signal(TIMEOUT_SIGNAL, self._handler)
-                if first >= self.skip_to:
-                    fields = [field if isinstance(field, list) else repeat(field) for field in columns]
-                    self._run_batch(first, zip(*fields, strict=False), methods)
+                for message in self._receive():
+                    first, columns = self._decode(message)
+                    if getsignal(TIMEOUT_SIGNAL) is not self._handler:  # a job has set it
+                        signal.signal(TIMEOUT_SIGNAL, self._handler)
+                    if first >= self.skip_to:
+                        fields = [field if isinstance(field, list) else repeat(field) for field in columns]
+                        self._run_batch(first, zip(*fields, strict=False), methods)
+
+    def _receive(self) -> list[bytes]:
+        """Wait for batches; there may be none yet, where one is long. Raises EOFError, OSError and LostPipeError."""
+        self._check_pipe()
+        # in one read: while it waits, a thread of a job's may close the pipe, and what it reads is of the pipe still
+        if not (data := os.read(self._descriptor, READ_SIZE)):
+            raise EOFError
+        return self._frames.feed(data)
 
     def _run_batch(self, first: int, jobs: Iterable[Job], methods: Methods) -> None:
         slot = self.slot

@@ -59,8 +59,8 @@ class Submitter(threading.Thread):
             with Client(self._path) as client:
                 while not self._finishing.is_set() or self._again or self.extra:
                     self._ping(client)  # what is sent to a daemon that is gone is lost: many jobs never came to run
-                    chunk = self._chunk()
-                    self._send(client, chunk)
+                    if chunk := self._chunk():  # nothing is left, where we are told to finish just then
+                        self._send(client, chunk)
                     self._finishing.wait(self._random.expovariate(self._rate / max(1, len(chunk))))
                 self._ping(client)  # or we would not know that it was cut while we were idle
                 client.finish()
