@@ -209,7 +209,10 @@ class Backlog:
 
     def has_tail(self) -> bool:
         """Whether some of it is in the spool only."""
-        return bool(self.schedule.stored) or any(line.stored for line in self.lines.values())
+        for line in self.lines.values():  # a loop, since this is asked for each job that comes alone
+            if line.stored:
+                return True
+        return bool(self.schedule.stored)
 
     def wanted(self, now: float) -> Refill | None:
         """The next piece of the backlog that should be read from the spool now, if any. Ask until None."""

@@ -73,11 +73,14 @@ class Dispatcher:
 
     def dispatch(self) -> None:
         """Give ready jobs to workers that can take them."""
-        if self.stopped or self.is_held_up():
-            self._look_later()
-            return
+        if not self.stopped:
+            self._promote()
+            if self._queue.has_ready() and not self.is_held_up():
+                self._give_out()
+        self._look_later()
+
+    def _give_out(self) -> None:
         queue = self._queue
-        self._promote()
         working = [process for process in self._workers.working() if not process.holder.full]
         while queue.has_ready() and working:
             # the idle first, and no more for each than its share while there is little
@@ -93,7 +96,6 @@ class Dispatcher:
                     process.assign(batch)
             if not given:
                 break
-        self._look_later()
 
     def patience(self, priority: int) -> float:
         """Seconds in which the waiting jobs of this priority should all have ended; 0 when that is not soon.
@@ -144,6 +146,8 @@ class Dispatcher:
     def _promote(self) -> None:
         """Let the scheduled jobs that are due join their lines, and wake when the next one is."""
         schedule = self._queue.backlog.schedule
+        if schedule.next_due() is None:
+            return
         now = clock.now()
         if self._queue.backlog.promote(now, DUE_AT_ONCE):
             self._due.within(0)

@@ -36,12 +36,12 @@ class Line:
         self.loading = False
         self.unreadable = False  # the latest reading found nothing
         self._given = FRONT  # the last place that was given out: what must not be behind the cursor
-        self._withdrawn = 0  # marked jobs among `jobs`
+        self.withdrawn = 0  # marked jobs among `jobs`: if there are any, `close_up` before jobs are popped
         self._meanwhile: list[Job] = []  # what was put behind the cursor while the jobs there were being read
 
     def __len__(self) -> int:
         """How many jobs in memory wait."""
-        return len(self.jobs) - self._withdrawn
+        return len(self.jobs) - self.withdrawn
 
     def add(self, jobs: Sequence[Job]) -> None:
         """Take in jobs, in order, each at its place: mostly that is the end."""
@@ -64,7 +64,8 @@ class Line:
     def take(self, jobs: Sequence[Job]) -> None:
         """These, which were popped from the front, are given out."""
         self._given = max(self._given, place(jobs[-1]))
-        self._step_over()
+        if self.withdrawn:
+            self._step_over()
 
     def put_back(self, jobs: Sequence[Job]) -> None:
         """Jobs that were given out, in order, return to their places: mostly that is the front."""
@@ -88,7 +89,7 @@ class Line:
         moved = [self.jobs.pop() for _ in range(len(self.jobs) - keep)]
         self.cursor = place(self.jobs[-1])
         waiting = [job for job in reversed(moved) if job.state is not State.WITHDRAWN]
-        self._withdrawn -= len(moved) - len(waiting)
+        self.withdrawn -= len(moved) - len(waiting)
         self.stored += len(waiting)
         return waiting
 
@@ -100,24 +101,22 @@ class Line:
         if place(job) > self.cursor:
             self.stored -= 1
             return False
-        self._withdrawn += 1
+        self.withdrawn += 1
         self._step_over()
         return True
 
     def _step_over(self) -> None:
-        while self._withdrawn and self.jobs and self.jobs[0].state is State.WITHDRAWN:
+        while self.withdrawn and self.jobs and self.jobs[0].state is State.WITHDRAWN:
             self.jobs.popleft()
-            self._withdrawn -= 1
+            self.withdrawn -= 1
 
     def close_up(self, count: int) -> None:
         """Have none of the first `count` jobs be a marked one."""
-        if not self._withdrawn:
-            return
         waiting: list[Job] = []
         while self.jobs and len(waiting) < count:
             job = self.jobs.popleft()
             if job.state is State.WITHDRAWN:
-                self._withdrawn -= 1
+                self.withdrawn -= 1
             else:
                 waiting.append(job)
         self.jobs.extendleft(reversed(waiting))

@@ -166,7 +166,8 @@ class JobQueue:
         if priority > self.came and self.less_urgent < BATCH_JOBS:
             most = min(most, self.less_urgent)
             self.less_urgent *= 2
-        line.close_up(most)
+        if line.withdrawn:
+            line.close_up(most)
         jobs: list[Job] = []
         waiting = line.jobs
         cost = estimate = 0.0

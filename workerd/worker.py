@@ -174,7 +174,9 @@ class Worker:
         self._encode = msgspec.msgpack.Encoder().encode
         self._descriptor = connection.fileno()
         self._pipe = self._found()
+        self._looked = False  # whether the pipe was looked at since something was read
         self._frames = FrameReader(limit=2**31 - 1)
+        self._memory = memoryview(bytearray(READ_SIZE))  # to make one anew for each read would cost more than to read
         self._handler = self._expire
         self.streams: list[JobStream] = []
         signal.signal(TIMEOUT_SIGNAL, self._handler)
@@ -190,6 +192,7 @@ class Worker:
             return
         with self._lock:
             self._check_pipe()
+            self._looked = True
             self.connection.send_bytes(MARK + self._encode(message))
 
     def run(self, methods: Methods) -> None:
@@ -206,11 +209,13 @@ class Worker:
 
     def _receive(self) -> list[bytes]:
         """Wait for batches; there may be none yet, where one is long. Raises EOFError, OSError and LostPipeError."""
-        self._check_pipe()
+        if not self._looked:  # else that was a moment ago, when the last job's end was sent
+            self._check_pipe()
+        self._looked = False
         # in one read: while it waits, a thread of a job's may close the pipe, and what it reads is of the pipe still
-        if not (data := os.read(self._descriptor, READ_SIZE)):
+        if not (size := os.readv(self._descriptor, (self._memory,))):
             raise EOFError
-        return self._frames.feed(data)
+        return self._frames.feed(bytes(self._memory[:size]))
 
     def _run_batch(self, first: int, jobs: Iterable[Job], methods: Methods) -> None:
         slot = self.slot
