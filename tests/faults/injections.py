@@ -201,7 +201,7 @@ def drain(c: Context) -> None:
 def drain_twice(c: Context) -> None:
     c.service.stop()
     c.moment()
-    c.service.stop(c.random.choice((signal.SIGTERM, signal.SIGINT)), again=True)
+    c.service.stop(c.random.choice((signal.SIGTERM, signal.SIGINT)))
 
 
 def drain_and_kill_daemon(c: Context) -> None:

@@ -223,12 +223,12 @@ class Service:
         if what != "daemon":
             self.deaths.append(Death(what, pid, since, time.monotonic_ns()))
 
-    def stop(self, number: signal.Signals = signal.SIGTERM, *, again: bool = False) -> None:
-        """Ask the daemon to stop, or, again, to hurry."""
+    def stop(self, number: signal.Signals = signal.SIGTERM) -> None:
+        """Ask the daemon to stop, or, where it was asked before, to hurry."""
         pid = self.daemon.pid
-        self._stopping.setdefault(pid, time.monotonic_ns())
-        if again:
+        if pid in self._stopping:
             self._hurried.add(pid)
+        self._stopping.setdefault(pid, time.monotonic_ns())
         self.send(number)
 
     def send(self, number: signal.Signals) -> None:
