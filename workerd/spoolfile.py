@@ -30,9 +30,9 @@ CREATE TABLE jobs (
     crashes INT NOT NULL, ended REAL, uid INT, pid INT, error BLOB, arguments BLOB -- last: to read past them is slow
 );
 CREATE UNIQUE INDEX keys ON jobs (key) WHERE key IS NOT NULL;
-CREATE INDEX ready ON jobs (priority, ready_at) WHERE state = 0;
-CREATE INDEX due ON jobs (priority, ready_at) WHERE state = 1;
-CREATE INDEX scheduled ON jobs (ready_at) WHERE state = 1;
+CREATE INDEX ready ON jobs (priority, ready_at, seq) WHERE state = 0;
+CREATE INDEX due ON jobs (priority, ready_at, seq) WHERE state = 1;
+CREATE INDEX scheduled ON jobs (ready_at, seq) WHERE state = 1;
 CREATE INDEX ended ON jobs (ended) WHERE state = 3;
 CREATE INDEX dead ON jobs (seq) WHERE state = 4;
 CREATE INDEX dead_of_user ON jobs (uid, seq) WHERE state = 4;
