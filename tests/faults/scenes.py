@@ -102,7 +102,7 @@ def large(c: Campaign) -> None:
     """
     make_known(c)
     padding = "x" * MEGABYTE
-    with workers_held(c, 3):
+    with workers_held(c, wanted(c)):
         send(c, several(c, 130, "steady", SAFE, seconds=0.1, padding=padding))
         send(c, several(c, 70, "steady", {**SAFE, "delay": 1.0}, seconds=0.1, padding=padding))
         time.sleep(APART)
@@ -115,7 +115,7 @@ def large(c: Campaign) -> None:
 def many(c: Campaign) -> None:
     """More jobs than there is memory for, and then some that are delayed for a moment, and some that fail."""
     make_known(c)
-    with workers_for_ever(c), workers_held(c, 3):
+    with workers_for_ever(c), workers_held(c, wanted(c)):
         send(c, several(c, MANY, "varied", SAFE, seconds=0), batch=CHUNK)
         time.sleep(APART)
         jobs = several(c, 5, "varied", {**SAFE, "delay": 0.01}, seconds=0)
@@ -138,6 +138,11 @@ def workers_for_ever(c: Campaign) -> Iterator[None]:
     finally:
         daemon.configure(workers={"max_jobs": before})
         c.service.send(signal.SIGHUP)
+
+
+def wanted(c: Campaign) -> int:
+    """How many workers there are: a reload may have changed it."""
+    return int(c.service.daemon.sections["workers"]["count"])
 
 
 @contextlib.contextmanager
