@@ -26,6 +26,17 @@ BACK: Place = (float("inf"), 0)
 place = attrgetter("ready_at", "seq")
 
 
+def with_meanwhile(read: Sequence[Job], meanwhile: Sequence[Job], state: State) -> list[Job]:
+    """The jobs that were read, and those in this state that were put among them after that, which must not be left
+    behind; in order.
+    """
+    if not meanwhile:
+        return list(read)
+    end, seqs = place(read[-1]), {job.seq for job in read}
+    missed = [job for job in meanwhile if job.state is state and job.seq not in seqs and place(job) < end]
+    return sorted((*read, *missed), key=place)
+
+
 class Line:
     """See the module. `stored` jobs lie behind `cursor`; `loading`: they are being read."""
 
@@ -131,11 +142,7 @@ class Line:
         meanwhile, self._meanwhile = self._meanwhile, []
         if not read:
             return []
-        jobs = list(read)
-        if meanwhile:  # what was put there after that was read must not be left behind
-            end, seqs = place(read[-1]), {job.seq for job in read}
-            jobs += [job for job in meanwhile if job.state is State.READY and job.seq not in seqs and place(job) < end]
-            jobs.sort(key=place)
+        jobs = with_meanwhile(read, meanwhile, State.READY)
         self.stored -= len(jobs)
         self.add(jobs)
         return jobs

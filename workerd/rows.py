@@ -227,19 +227,15 @@ def as_json(value: object) -> str:
 
 def packed(jobs: Snapshot) -> Iterator[dict[str, object]]:
     """The parameters of INSERT and its variants; more than one set of them if the arguments are many bytes."""
-    at = 0
-    for size in pieces([len(job.arguments) for job in jobs.jobs]):
-        yield _pack(jobs[at : at + size])
-        at += size
+    for piece in pieces([len(job.arguments) for job in jobs.jobs]):
+        yield _pack(jobs[piece])
 
 
 def graves(buried: Sequence[Burial]) -> Iterator[str]:
     """Burials as the texts that BURY takes; more than one if they are many bytes."""
     texts = [as_json((job.seq, error.decode(errors="replace"), ended)) for job, error, ended in buried]
-    at = 0
-    for size in pieces([len(text) for text in texts]):
-        yield f"[{','.join(texts[at : at + size])}]"
-        at += size
+    for piece in pieces([len(text) for text in texts]):
+        yield f"[{','.join(texts[piece])}]"
 
 
 def listed(ends: Sequence[object]) -> Iterator[str]:
@@ -248,21 +244,20 @@ def listed(ends: Sequence[object]) -> Iterator[str]:
         yield as_json(ends[at : at + CHUNK // ROW_BYTES])
 
 
-def pieces(sizes: Sequence[int]) -> Iterator[int]:
-    """How many rows, with so many bytes each, go into one statement, into the next and so on."""
+def pieces(sizes: Sequence[int]) -> Iterator[slice]:
+    """Which rows, with so many bytes each, go into one statement, into the next and so on."""
     if sum(sizes) + len(sizes) * ROW_BYTES <= CHUNK:  # mostly
         if sizes:
-            yield len(sizes)
+            yield slice(len(sizes))
         return
-    count = total = 0
-    for size in sizes:
-        count += 1
+    begin = total = 0
+    for end, size in enumerate(sizes, 1):
         total += size + ROW_BYTES
         if total > CHUNK:
-            yield count
-            count = total = 0
-    if count:
-        yield count
+            yield slice(begin, end)
+            begin, total = end, 0
+    if begin < len(sizes):
+        yield slice(begin, len(sizes))
 
 
 def _pack(snapshot: Snapshot) -> dict[str, object]:

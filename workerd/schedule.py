@@ -9,7 +9,7 @@ import heapq
 from typing import TYPE_CHECKING
 
 from workerd.job import Job, State
-from workerd.line import BACK, Place, place
+from workerd.line import BACK, Place, place, with_meanwhile
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -118,13 +118,8 @@ class Schedule:
         meanwhile, self._meanwhile = self._meanwhile, []
         if not read:
             return []
-        self._cursor, seqs = place(read[-1]), {job.seq for job in read}
-        missed = [
-            job
-            for job in meanwhile
-            if job.state is State.SCHEDULED and job.seq not in seqs and place(job) < self._cursor
-        ]
-        jobs = [*read, *missed]
+        self._cursor = place(read[-1])
+        jobs = with_meanwhile(read, meanwhile, State.SCHEDULED)
         for job in jobs:
             self._push(job)
         self.stored -= len(jobs)

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
     from pathlib import Path
 
+    from workerd.changes import Burial
     from workerd.job import Job
     from workerd.line import Place
 
@@ -142,8 +143,7 @@ class Spool:
                 new = self._insert_new(transaction.keyed)
             self._insert(rows.UPSERT, transaction.updates)
             self._insert(rows.UPSERT, transaction.graves)
-            for graves in rows.graves(transaction.buried):
-                self._db.execute(rows.BURY, {"rows": graves})
+            self._bury(transaction.buried)
             for ends in rows.listed(transaction.succeeded):
                 self._db.execute(rows.SUCCEED, {"rows": ends})
             for seqs in rows.listed(transaction.deletes):
@@ -222,10 +222,10 @@ class Spool:
         for job in jobs:
             job.crashes += 1
         charged = as_json([job.seq for job in jobs])
-        graves = [(job.seq, error.decode(), clock.now()) for job in jobs if doomed(job)]
+        buried = [(job, error, clock.now()) for job in jobs if doomed(job)]
         with self._transaction():
             self._db.execute(f"UPDATE jobs SET crashes = crashes + 1 WHERE seq {rows.LISTED}", {"seqs": charged})
-            self._db.execute(rows.BURY, {"rows": as_json(graves)})
+            self._bury(buried)
             settled = "INSERT INTO meta VALUES ('charged', ?) ON CONFLICT DO UPDATE SET value = excluded.value"
             self._db.execute(settled, (account,))
 
@@ -315,6 +315,10 @@ class Spool:
     def _seqs(self, sql: str, values: Mapping[str, Any]) -> list[int]:
         found: list[int] = msgspec.json.decode(self._one(f"SELECT json_group_array(seq) FROM ({sql})", values))
         return found
+
+    def _bury(self, buried: Sequence[Burial]) -> None:
+        for graves in rows.graves(buried):
+            self._db.execute(rows.BURY, {"rows": graves})
 
     def _insert(self, sql: str, jobs: Snapshot) -> int:
         return sum(self._db.execute(sql, values).rowcount for values in packed(jobs))
