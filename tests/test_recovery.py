@@ -315,6 +315,9 @@ def amid_a_job(folder: Path, *, watchdog: int) -> Iterator[Daemon]:
     with Daemon(folder, SOURCE, environment=environment, workers={"count": 1}) as daemon:
         daemon.request(job("block", str(folder / "ledger"), max_crashes=1))
         wait_until((folder / "ledger").exists, "the job runs")
+        # asleep, since faulthandler itself may fail in a thread that is just calling a function, once in some thousand times
+        stat = Path(f"/proc/{daemon.pid}/stat")
+        wait_until(lambda: stat.read_text().rpartition(") ")[2].startswith("S"), "the daemon sleeps")
         yield daemon
 
 

@@ -25,7 +25,9 @@ class Stack(NamedTuple):
 
     @property
     def aborted(self) -> bool:
-        """Whether the signal was SIGABRT, which is what systemd's watchdog sends."""
+        """Whether the signal was SIGABRT, which is what systemd's watchdog sends. Only the beginning counts: in a
+        thread that is just calling a function, faulthandler may fail, and then tells that after it.
+        """
         return self.text.startswith(ABORTED)
 
 
