@@ -143,7 +143,10 @@ class Admission:
         if room < len(requests):
             answer.refuse_rest(requests[room:], *refusal)
         if jobs:
-            self.engine.enter(jobs)  # first, so that a worker is woken while the acknowledgement is on its way
+            # Nobody waits for what comes after an acknowledgement that can be sent now. Else a worker is woken first,
+            # while the disk is at work, or the acknowledgement on its way.
+            at_once = self.engine.writer.durable or jobs[0].waiter is not None
+            self.engine.enter(jobs, at_once=at_once)
         self.engine.queue.expect(answer.keyed)
         self.engine.writer.add(jobs, answer.keyed, answer)
         self.engine.on_change()

@@ -71,6 +71,11 @@ class Dispatcher:
         self.stopped = True
         self._due.cancel()
 
+    def dispatch_soon(self) -> None:
+        """Do it as soon as what has come in by now is dealt with."""
+        if not self.stopped:
+            self._due.within(0)
+
     def dispatch(self) -> None:
         """Give ready jobs to workers that can take them."""
         if not self.stopped:
@@ -88,6 +93,8 @@ class Dispatcher:
             share = min(BATCH_JOBS, -(-queue.backlog.in_memory // len(working)))
             given = False
             for process in working:
+                if not queue.has_ready():
+                    break
                 left = self.max_jobs - process.finished - len(process.holder)
                 most = min(share, left) if self.max_jobs else share
                 batch = queue.take(process.holder, most) if most > 0 else None
@@ -112,7 +119,8 @@ class Dispatcher:
         return LEEWAY + 2 * expected if expected < LONGEST_PATIENCE else 0.0
 
     def _look_later(self) -> None:
-        if any(process.holder.several for process in self._workers.workers()):
+        # first what is quicker to ask, as it is asked for each job that comes alone
+        if self._queue.held > 1 and any(process.holder.several for process in self._workers.workers()):
             idle = any(process.idle for process in self._workers.working())
             self._look.within(LOOK_SOON if idle else LOOK_LATER)
 

@@ -73,10 +73,13 @@ class Engine:
 
     # --- in -----------------------------------------------------------------------------------------------
 
-    def enter(self, jobs: list[Job]) -> None:
-        """Jobs are accepted, or as good as: queue them, and set the workers to work."""
+    def enter(self, jobs: list[Job], *, at_once: bool = True) -> None:
+        """Jobs are accepted, or as good as: queue them, and set the workers to work, or do that next."""
         self.queue.enter(jobs)
-        self.pool.dispatch()
+        if at_once:
+            self.pool.dispatch()
+        else:
+            self.pool.dispatcher.dispatch_soon()
         self.settled()
 
     # --- out: the pool's Observer -------------------------------------------------------------------------

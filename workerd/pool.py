@@ -225,7 +225,7 @@ class Pool:
     def _note_quiet(self) -> None:
         if self.paused and not self._holding():
             self._drained.set()
-        if not self.workers():
+        if not any(generation.workers for generation in self.generations):
             self._gone.set()
 
     def _on_output(self, process: WorkerProcess) -> None:
