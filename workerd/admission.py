@@ -97,7 +97,7 @@ class Admission:
     def submit(self, request: protocol.Single | protocol.Batch, reply: Reply) -> None:
         """Accept or refuse jobs; completes the reply, now or once they are safe."""
         plain = isinstance(request, protocol.Single) and request.plain
-        if not plain and (ours := [job.id for job in request.jobs if job.id is not UNSET and self._is_ours(job.id)]):
+        if not plain and (ours := self._of_our_form(request.jobs)):
             self.engine.pool.loop.create_task(self._look_up(request, reply, ours))
         else:
             self._submit(request, reply, {})
@@ -231,10 +231,11 @@ class Admission:
             answer.add(job)
         return jobs
 
-    def _is_ours(self, key: str) -> bool:
-        """Whether it is an id that the daemon itself has given, or may yet give, since it started."""
-        spool = self.engine.writer.spool
-        return key.startswith(self.engine.prefix) and (spool.seq_of(key) or 0) >= spool.first_seq
+    def _of_our_form(self, requests: list[protocol.JobRequest]) -> list[str]:
+        """Those of the ids that the daemon itself has given, or may yet give, since it started."""
+        prefix, spool = self.engine.prefix, self.engine.writer.spool
+        keys = [job.id for job in requests if job.id is not UNSET and job.id.startswith(prefix)]
+        return [key for key in keys if (spool.seq_of(key) or 0) >= spool.first_seq]
 
     def _ours(self, key: str | UnsetType) -> str:
         """Why the job may not have that id."""

@@ -72,7 +72,7 @@ class Answer:
 
     def add_duplicate(self, key: str) -> None:
         """The next line is a job that is there already."""
-        self.entries.append(_status(key, "duplicate"))
+        self.entries.append(_status(key, b"duplicate"))
         self.told += 1
 
     def refuse_all(self, requests: list[protocol.JobRequest], code: Code, message: str) -> None:
@@ -117,7 +117,7 @@ class Answer:
             return entry.rstrip()
         if entry.key is None:
             return accepted(self.engine.prefix, entry.seq, 1, b"")
-        return _status(entry.key, "accepted" if entry.seq in new else "duplicate")
+        return _status(entry.key, b"accepted" if entry.seq in new else b"duplicate")
 
     def _count(self, jobs: list[Job]) -> None:
         targets = [job.target for job in jobs]
@@ -160,5 +160,5 @@ class Answer:
             self.reply.session.await_result(-1)
 
 
-def _status(key: str, status: str) -> bytes:
-    return f'{{"id":{protocol.quoted(key)},"status":"{status}"}}'.encode()
+def _status(key: str, status: bytes) -> bytes:
+    return b'{"id":%b,"status":"%b"}' % (protocol.quoted(key), status)

@@ -51,9 +51,9 @@ class Backlog:
         """Take in jobs: each into its line, into the schedule, or past the window (`spilled`)."""
         if not jobs:
             return
-        options, now = jobs[0].options, jobs[0].submitted
-        alike = [job.options for job in jobs].count(options) == [job.ready_at for job in jobs].count(now) == len(jobs)
-        if alike:
+        options = jobs[0].options
+        alike = [job.options for job in jobs].count(options) == len(jobs)
+        if alike and [job.ready_at for job in jobs] == [job.submitted for job in jobs]:
             self._append(options.priority, jobs)
             return
         lines: dict[int, list[Job]] = {}

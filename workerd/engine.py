@@ -106,9 +106,9 @@ class Engine:
 
     def _result(self, job: Job, encoded: bytes, duration: int) -> bytes:
         job.waiter = None
-        job_id = f'"{self.prefix}{job.seq:x}"' if job.key is None else protocol.quoted(job.key)
+        job_id = protocol.quoted(self.job_id(job.seq, job.key))
         tail = f',"attempts":{job.attempts},"duration":{duration / 1e9:.6f}}}\n'
-        return b'{"id":%b,"status":"succeeded","result":%b%b' % (job_id.encode(), encoded, tail.encode())
+        return b'{"id":%b,"status":"succeeded","result":%b%b' % (job_id, encoded, tail.encode())
 
     def failed(self, job: Job, reason: str, error: bytes, duration: int) -> None:
         details = {"reason": reason, **msgspec.json.decode(error)}

@@ -290,6 +290,6 @@ def as_raw(text: bytes) -> Raw:
     return Raw(text)
 
 
-def quoted(text: str) -> str:
+def quoted(text: str) -> bytes:
     """A string as JSON."""
-    return _encode(text).decode()
+    return _encode(text)

@@ -152,7 +152,9 @@ class Spool:
 
     def _insert_new(self, keyed: Snapshot) -> frozenset[int]:
         """Store those whose ids are not known; returns their seqs."""
-        keyed = keyed.without([self._is_named(job.key or "") for job in keyed.jobs])
+        if ours := [job.key for job in keyed.jobs if job.key and job.key.startswith(self.identity)]:
+            named = self._named(ours)
+            keyed = keyed.without([job.key in named for job in keyed.jobs])
         seqs = [job.seq for job in keyed.jobs]
         if self._insert(rows.INSERT_NEW, keyed) < len(seqs):
             seqs = self._seqs(f"SELECT seq FROM jobs WHERE seq {rows.LISTED}", {"seqs": as_json(seqs)})
@@ -277,13 +279,9 @@ class Spool:
 
     def named(self, ids: Sequence[str]) -> set[str]:
         """Those of the ids that there is a job of, or the memory of one."""
-        seqs = {seq: job_id for job_id in ids if (seq := self.seq_of(job_id)) is not None}
         with self._reading():
             keys = self._db.execute(f"SELECT key FROM jobs WHERE key {rows.LISTED}", {"seqs": as_json(ids)}).fetchall()
-            own = self._seqs(
-                f"SELECT seq FROM jobs WHERE key IS NULL AND seq {rows.LISTED}", {"seqs": as_json([*seqs])}
-            )
-        return {key for (key,) in keys} | {seqs[seq] for seq in own}
+            return {key for (key,) in keys} | self._named(ids)
 
     def purge(self, before: float) -> int:
         """Forget ids of jobs that ended earlier, so many at a time; returns how many: call again until 0."""
@@ -299,10 +297,11 @@ class Spool:
 
     # --- inside -------------------------------------------------------------------------------------------
 
-    def _is_named(self, key: str) -> bool:
-        """Whether there is a job that the daemon itself has given this name."""
-        seq = self.seq_of(key) if key.startswith(self.identity) else None
-        return seq is not None and bool(self._one("SELECT count(*) FROM jobs WHERE seq = ? AND key IS NULL", (seq,)))
+    def _named(self, ids: Sequence[str]) -> set[str]:
+        """Those of the ids that the daemon itself has given to jobs which are there."""
+        seqs = {seq: job_id for job_id in ids if (seq := self.seq_of(job_id)) is not None}
+        own = f"SELECT seq FROM jobs WHERE key IS NULL AND seq {rows.LISTED}"
+        return {seqs[seq] for seq in self._seqs(own, {"seqs": as_json([*seqs])})}
 
     def _piece(self, selection: Mapping[str, Any], within: tuple[int, int]) -> Piece:
         seqs, more = rows.peek_dead(self._db, self._chosen(selection), within, PIECE_JOBS, PIECE_BYTES)
