@@ -326,6 +326,18 @@ def test_a_full_window_bars_no_urgent_job_that_is_due() -> None:
     assert seqs(batch.jobs) == [9]
 
 
+def test_a_job_that_took_longer_to_store_than_its_delay_joins_its_line_at_once() -> None:
+    """Were it to wait for its time, which is over, the spool would be asked anew for what has left the schedule already,
+    and a job would be in two places; it runs in its place.
+    """
+    queue = quick(JobQueue())
+    queue.enter([make(1, ready_at=1.5), make(2, now=3.0)])
+    queue.backlog.promote(3.5, ANY)
+    queue.enter([make(3, now=3.4), make(4, ready_at=1.0), make(5, ready_at=4.0)])
+    assert queue.backlog.scheduled_count() == 1
+    assert order(queue) == [4, 1, 2, 3]
+
+
 def test_a_restart_keeps_what_was_due_in_its_place() -> None:
     """All that is ready, and the jobs that had waited for their time among it, is one line after a restart."""
     queue = quick(JobQueue(window=8))

@@ -58,13 +58,14 @@ class Backlog:
             return
         lines: dict[int, list[Job]] = {}
         for job in jobs:
-            if job.ready_at > job.submitted:  # as in the spool; `promote` has it join its line once it is due
+            # as in the spool; `promote` has it join its line once it is due, unless to store it has taken longer
+            if job.ready_at > job.submitted and not self.schedule.has_left(job):
                 job.state = State.SCHEDULED
                 self.wait(job)
             else:
                 lines.setdefault(job.options.priority, []).append(job)
         for priority, ready in lines.items():
-            self._append(priority, ready)
+            self._append(priority, sorted(ready, key=place))
 
     def _append(self, priority: int, jobs: Sequence[Job]) -> None:
         """Have jobs, which are in order, join their line."""

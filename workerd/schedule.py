@@ -9,7 +9,7 @@ import heapq
 from typing import TYPE_CHECKING
 
 from workerd.job import Job, State
-from workerd.line import BACK, Place, place, with_meanwhile
+from workerd.line import BACK, FRONT, Place, place, with_meanwhile
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -27,6 +27,7 @@ class Schedule:
         self._bytes = 0
         self._withdrawn = 0  # marked jobs in the heap; its first is none of those
         self._cursor = BACK  # jobs up to here are in memory, if there are any behind it
+        self._left = FRONT  # jobs up to here are in their lines: none may come in that should be there, too
         self._meanwhile: list[Job] = []  # what was put behind the cursor while the jobs there were being read
 
     def __len__(self) -> int:
@@ -37,6 +38,7 @@ class Schedule:
         """Start on a spool that holds so many jobs, all of them behind that place."""
         self.stored = count
         self._cursor = after if count else BACK
+        self._left = after
 
     def add(self, job: Job) -> list[Job]:
         """Keep a job until its `ready_at`; returns what is left to the spool for it."""
@@ -74,20 +76,26 @@ class Schedule:
             due.append(heapq.heappop(heap)[2])
             self._step_over()
         self._bytes -= sum([len(job.arguments) for job in due])
+        self._left = max(self._left, place(due[-1]))
         return due
 
     def next_due(self) -> float | None:
         """When the time of the next one comes."""
         return self._heap[0][0] if self._heap else None
 
+    def has_left(self, job: Job) -> bool:
+        """Whether the job would have left by now: it was stored, or is added, after its time had come."""
+        return place(job) <= self._left
+
     def left_before(self, now: float) -> Place:
-        """A place up to which no job is left here, neither in memory nor behind the cursor, at `now`."""
+        """A place up to which no job is here any more, neither in memory nor behind the cursor, from `now` on."""
         found = (now, 0)
         if self.stored:
             found = min(found, self._cursor)
         if self._heap:
             found = min(found, (self._heap[0][0], self._heap[0][1] - 1))
-        return found
+        self._left = max(self._left, found)
+        return self._left
 
     def withdraw(self, job: Job) -> None:
         """Mark a job that could not be stored."""
