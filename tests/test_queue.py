@@ -338,6 +338,23 @@ def test_a_job_that_took_longer_to_store_than_its_delay_joins_its_line_at_once()
     assert order(queue) == [4, 1, 2, 3]
 
 
+def test_what_comes_in_while_its_line_is_being_read_is_left_to_the_spool() -> None:
+    """Even where all that the line had there has been withdrawn by then: what is read has the new job in it."""
+    queue = quick(JobQueue(window=8))
+    queue.enter([make(seq) for seq in range(1, 13)])
+    behind, queue.backlog.spilled = queue.backlog.spilled, []
+    assert order(queue) == [*range(1, 9)]
+    refill = queue.backlog.wanted(0.0)
+    assert refill is not None
+    queue.refused(behind)
+    late = make(13)
+    queue.enter([late])
+    assert queue.backlog.spilled == [late]
+    queue.backlog.refilled(refill, [late])
+    assert order(queue) == [13]
+    assert queue.total == 9  # the eight that were given out, and this one
+
+
 def test_a_restart_keeps_what_was_due_in_its_place() -> None:
     """All that is ready, and the jobs that had waited for their time among it, is one line after a restart."""
     queue = quick(JobQueue(window=8))
@@ -461,7 +478,7 @@ class Walk(RuleBasedStateMachine):
         self.seq = 0
         self.now = 0.0
         self.with_workers: dict[int, Holder] = {}
-        self.promoted = -1.0  # what was due by then has joined its line
+        self.promoted = FRONT  # what has its place up to there has joined its line
         self.wanted: list[Refill] = []  # what the spool has not read yet ...
         self.reading: list[tuple[Refill, list[Job]]] = []  # ... and what it has, which the loop has not heard of
         self.late: list[Job] = []  # with ids of clients: queued once they are stored
@@ -518,6 +535,7 @@ class Walk(RuleBasedStateMachine):
 
     @rule(holder=holders, most=st.integers(1, 5))
     def take(self, holder: Holder, most: int) -> None:
+        self._promote()  # as the dispatcher does
         batch = self.queue.take(holder, most)
         if batch is None:
             return
@@ -535,7 +553,7 @@ class Walk(RuleBasedStateMachine):
         held_up = {priority for priority, line in self.queue.backlog.lines.items() if line.unreadable}
         for seq in self.alive - set(self.with_workers):
             job = self.stored[seq]
-            if job.options.priority in held_up or job.ready_at > self.promoted:
+            if job.options.priority in held_up or place(job) > self.promoted:
                 continue
             assert (job.options.priority, place(job)) > (last.options.priority, place(last)), (job, last)
 
@@ -573,7 +591,7 @@ class Walk(RuleBasedStateMachine):
     def _promote(self) -> None:
         self.queue.backlog.promote(self.now, ANY)
         schedule = self.queue.backlog.schedule
-        self.promoted = schedule.left_before(self.now)[0] if schedule.stored else self.now
+        self.promoted = schedule.left_before(self.now) if schedule.stored else (self.now, self.seq)
 
     def _spill_and_refill(self) -> None:
         backlog = self.queue.backlog

@@ -89,7 +89,8 @@ class Backlog:
                 self._count_in([job])
 
     def _has_tail(self, line: Line) -> bool:
-        return bool(line.stored or self.frozen)
+        # what is being read may have no job in it any more, but one that comes in now is in it, too
+        return bool(line.stored or line.loading or self.frozen)
 
     def _fits(self, count: int, size: int) -> bool:
         return self.in_memory + count <= self.window and self.bytes_in_memory + size <= self.window_bytes

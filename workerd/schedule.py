@@ -42,7 +42,7 @@ class Schedule:
 
     def add(self, job: Job) -> list[Job]:
         """Keep a job until its `ready_at`; returns what is left to the spool for it."""
-        if self.stored and place(job) > self._cursor:
+        if (self.stored or self.loading) and place(job) > self._cursor:
             self.stored += 1
             if self.loading:
                 self._meanwhile.append(job)
