@@ -40,6 +40,17 @@ FEW_WAITERS = 10_000  # for jobs in the spool, among whom it is not worth while 
 SPOILED = {"event": "job_dead"}
 
 
+class Error(msgspec.Struct, frozen=True):
+    """What a worker says of an exception."""
+
+    type: str
+    message: str
+    traceback: str
+
+
+_error = msgspec.json.Decoder(Error).decode
+
+
 class Engine:
     """Implements the pool's Observer."""
 
@@ -111,30 +122,34 @@ class Engine:
         return b'{"id":%b,"status":"succeeded","result":%b%b' % (job_id, encoded, tail.encode())
 
     def failed(self, job: Job, reason: str, error: bytes, duration: int) -> None:
-        details = {"reason": reason, **msgspec.json.decode(error)}
+        said = _error(error)
+        details = {"reason": reason, "type": said.type, "message": said.message, "traceback": said.traceback}
         self.metrics.durations(job.target, [duration])
         if job.state is State.SCHEDULED:
             self.metrics.retried(job.target, 1)
             if job.stored:
                 self.writer.changes.update(job)
         else:
-            self.bury(job, details)
+            self._bury(job, reason, error)
         self.log.failed(job, self.job_id(job.seq, job.key), details, job.ready_at - clock.now())
 
-    def bury(self, job: Job, details: dict[str, str]) -> None:
+    def _bury(self, job: Job, reason: str, error: bytes) -> None:
         """A job is dead: keep it with its error, and tell who waits for it."""
         self.dead.bury(job)
-        self.metrics.finished(job.target, details["reason"], 1)
-        self.writer.changes.bury(job, msgspec.json.encode(details), clock.now())
-        fields = {
-            "id": self.job_id(job.seq, job.key),
-            "status": "dead",
-            "error": details,
-            "attempts": job.attempts,
-            "crashes": job.crashes,
-        }
-        self._tell(job.waiter, protocol.reply(fields), 1, dead=True)
-        job.waiter = None
+        self.metrics.finished(job.target, reason, 1)
+        # put together, not encoded anew: an error may be long, and a client may have all its jobs fail
+        details = b'{"reason":"%b",%b' % (reason.encode(), error[error.index(b"{") + 1 :])
+        self.writer.changes.bury(job, details, clock.now())
+        if job.waiter is not None:
+            fields = {
+                "id": self.job_id(job.seq, job.key),
+                "status": "dead",
+                "error": msgspec.Raw(details),
+                "attempts": job.attempts,
+                "crashes": job.crashes,
+            }
+            self._tell(job.waiter, protocol.reply(fields), 1, dead=True)
+            job.waiter = None
 
     def _tell(self, reply: Reply | None, lines: bytes, count: int, *, dead: bool) -> None:
         if reply is not None:

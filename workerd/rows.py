@@ -75,7 +75,7 @@ UPDATE jobs SET state = 3, ended = e.value ->> 1, arguments = NULL, error = NULL
 FROM json_each(:rows) e WHERE jobs.seq = e.value ->> 0
 """
 BURY = """
-UPDATE jobs SET state = 4, error = CAST(e.value ->> 1 AS BLOB), ended = e.value ->> 2
+UPDATE jobs SET state = 4, error = substr(:errors, e.value ->> 1, e.value ->> 2), ended = e.value ->> 3
 FROM json_each(:rows) e WHERE jobs.seq = e.value ->> 0
 """
 LOAD = f"""
@@ -231,11 +231,16 @@ def packed(jobs: Snapshot) -> Iterator[dict[str, object]]:
         yield _pack(jobs[piece])
 
 
-def graves(buried: Sequence[Burial]) -> Iterator[str]:
-    """Burials as the texts that BURY takes; more than one if they are many bytes."""
-    texts = [as_json((job.seq, error.decode(errors="replace"), ended)) for job, error, ended in buried]
-    for piece in pieces([len(text) for text in texts]):
-        yield f"[{','.join(texts[piece])}]"
+def graves(buried: Sequence[Burial]) -> Iterator[dict[str, object]]:
+    """The parameters of BURY; more than one set of them if the errors are many bytes."""
+    for piece in pieces([len(error) for _, error, _ in buried]):
+        errors = [error for _, error, _ in buried[piece]]
+        starts = accumulate([len(error) for error in errors], initial=1)
+        rows = [
+            (job.seq, start, len(error), ended)
+            for (job, error, ended), start in zip(buried[piece], starts, strict=False)
+        ]
+        yield {"rows": as_json(rows), "errors": b"".join(errors)}
 
 
 def listed(ends: Sequence[object]) -> Iterator[str]:

@@ -317,7 +317,7 @@ class Spool:
 
     def _bury(self, buried: Sequence[Burial]) -> None:
         for graves in rows.graves(buried):
-            self._db.execute(rows.BURY, {"rows": graves})
+            self._db.execute(rows.BURY, graves)
 
     def _insert(self, sql: str, jobs: Snapshot) -> int:
         return sum(self._db.execute(sql, values).rowcount for values in packed(jobs))
