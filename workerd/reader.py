@@ -24,8 +24,9 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 Asked = tuple[int, int, int]  # after which seq, how many jobs, how many bytes: see Spool.dead
 
-# All threads share the interpreter, and a host its processors: to list without end would still slow others down.
-REST = 9  # times what a list took, until the next of those that are paced
+# All threads share the interpreter, and a host its processors: to list without end would still slow others down. At a
+# hundredth of the time, fewer than one in a hundred of the others' acknowledgements meets a list.
+REST = 99  # times what a list took, until the next of those that are paced
 LONGEST_REST = 0.5  # seconds
 
 
@@ -52,8 +53,8 @@ class Reader:
         *,
         paced: bool,
     ) -> T:
-        """What `render` makes of a page of dead jobs, on the thread. `paced`: such lists take a tenth of the time
-        at most, all of them together. Raises SpoolError.
+        """What `render` makes of a page of dead jobs, on the thread. `paced`: such lists take a hundredth of the
+        time, or little more, all of them together. Raises SpoolError.
         """
         if self._view is not None:
             await self._await_deaths(selection.get("uid"))

@@ -12,6 +12,7 @@ from __future__ import annotations
 import sqlite3
 from functools import lru_cache
 from itertools import accumulate, chain
+from operator import add
 from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
@@ -266,31 +267,39 @@ def pieces(sizes: Sequence[int]) -> Iterator[slice]:
 
 
 def _pack(snapshot: Snapshot) -> dict[str, object]:
+    # column by column, as a loop over rows in Python takes longer
+    jobs = snapshot.jobs
+    keys = [job.key.encode() if job.key else b"" for job in jobs]
+    arguments = [job.arguments for job in jobs]
+    common = list(
+        zip(
+            [job.target for job in jobs],
+            [id(job.options) for job in jobs],
+            [id(job.submitter) for job in jobs],
+            [job.submitted for job in jobs],
+            snapshot.ready_at,
+            snapshot.attempts,
+            snapshot.crashes,
+            strict=True,
+        )
+    )
     kinds: dict[tuple[object, ...], int] = {}
     data: list[bytes] = []
-    records: list[tuple[int, int, int, int]] = []
     at = 1
-    jobs = snapshot.jobs
-    for job, attempts, crashes, ready_at in zip(
-        jobs, snapshot.attempts, snapshot.crashes, snapshot.ready_at, strict=True
-    ):
-        common = (job.target, id(job.options), job.submitted, ready_at, attempts, crashes, id(job.submitter))
-        kind = kinds.get(common)
-        if kind is None:
-            kinds[common] = kind = at
-            record = _kind(job, attempts, crashes, ready_at)
-            data.append(record)
-            at += len(record)
-        key = job.key.encode() if job.key else b""
-        data += (key, job.arguments)
-        records.append((kind, at, len(key), len(job.arguments)))
-        at += len(key) + len(job.arguments)
-    numbers = ROW_FORMAT * len(records) % tuple(chain.from_iterable(records))
-    assert len(numbers) == ROW_WIDTH * len(records)
+    for of_job, job in dict(zip(common, jobs, strict=True)).items():
+        kinds[of_job] = at
+        data.append(_kind(job, *of_job[4:]))
+        at += len(data[-1])
+    key_sizes, sizes = [len(key) for key in keys], [len(text) for text in arguments]
+    starts = accumulate(map(add, key_sizes, sizes), initial=at)
+    records = zip([kinds[of_job] for of_job in common], starts, key_sizes, sizes, strict=False)
+    numbers = ROW_FORMAT * len(jobs) % tuple(chain.from_iterable(records))
+    assert len(numbers) == ROW_WIDTH * len(jobs)
+    data += chain.from_iterable(zip(keys, arguments, strict=True))
     return {"data": b"".join(data), "rows": numbers, "seqs": as_json([job.seq for job in jobs])}
 
 
-def _kind(job: Job, attempts: int, crashes: int, ready_at: float) -> bytes:
+def _kind(job: Job, ready_at: float, attempts: int, crashes: int) -> bytes:
     """The record of what jobs have in common; what goes on changing is given, as it was at one moment."""
     target, options = job.target.encode(), _options_text(job.options).encode()
     # What was ever delayed is scheduled on the disk until it ends, for nothing is written when its time has come.
