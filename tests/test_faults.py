@@ -408,6 +408,25 @@ def test_a_job_that_begins_before_it_is_due_is_noticed(
     assert (len(found.early), len(found.bad)) == (noticed, noticed)
 
 
+@pytest.mark.parametrize(
+    ("down", "noticed"),
+    [
+        ([], True),
+        ([Pause(-550 * MS, -450 * MS)], False),  # what began then goes by it until it ends, which is later than this
+        ([Pause(-550 * MS, -450 * MS), Pause(-300 * MS, -200 * MS)], True),
+        ([Pause(-300 * MS, -200 * MS)], True),
+    ],
+)
+def test_a_daemon_that_began_while_the_clock_was_set_goes_by_it(
+    tmp_path: Path, down: list[Pause], noticed: bool
+) -> None:
+    """A job may be early by that as long as there is such a daemon, however long ago the clock was put right."""
+    story = Story()
+    story.ran(0, 990, delay=1.0)
+    found = story.audit(tmp_path, steps=[Pause(-600 * MS, -500 * MS)], down=down)
+    assert len(found.early) == noticed
+
+
 def test_a_job_that_is_tried_again_before_it_has_failed_is_noticed(tmp_path: Path) -> None:
     """Two attempts at once are one too many, though both would be allowed one after the other."""
     for again, noticed in ((50, True), (150, False)):

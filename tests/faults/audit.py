@@ -176,7 +176,14 @@ class Audit:
 
     def _clock_was_set(self, since: int, until: int) -> bool:
         """Whether it was, meanwhile: a daemon that starts then goes by what it says."""
-        return any(step.since <= until and step.until >= since for step in self.history.steps)
+        return any(step.since <= until and self._over(step) >= since for step in self.history.steps)
+
+    def _over(self, step: Pause) -> int:
+        """Until when jobs may go by it: a daemon that began while the clock was set goes by that until it ends."""
+        down = sorted(self.history.down)
+        if not any(each.since <= step.until and each.until >= step.since for each in down):
+            return step.until
+        return next((each.until for each in down if each.since > step.until), NEVER)
 
     def _turn(self, job: Submitted, run: Run, due: int, ready: int, why: str) -> Turn:
         end = run.end or next((death.until for death in self._explaining(job, run, NEVER)), run.begin)
