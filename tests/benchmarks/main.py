@@ -33,19 +33,23 @@ def main() -> None:
         "--only", action="append", choices=(*SECTIONS, *ON_DEMAND), help="this section; may be given again"
     )
     parser.add_argument(
-        "--output", type=Path, help="folder of results.json and chart.svg; with --quick, none if not given"
+        "--output",
+        type=Path,
+        help="folder of results.json and chart.svg; else the published ones, but none with --quick, or what is not published",
     )
     given = parser.parse_args()
     if given.rounds < 1:
         parser.error("--rounds: give 1 or more")
-    output = given.output or (None if given.quick else HERE / "results")
+    sections = given.only or SECTIONS
+    published = not given.quick and set(sections).isdisjoint(ON_DEMAND)
+    output = given.output or (HERE / "results" if published else None)
     if output:
         output.mkdir(parents=True, exist_ok=True)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that what was started is ended
     found = report.begin(quick=given.quick)
     # on the disk that this folder lies on, since /tmp may be in memory
     with tempfile.TemporaryDirectory(prefix=".benchmarks-", dir=Path.cwd()) as name:
-        for number, section in enumerate(given.only or SECTIONS):
+        for number, section in enumerate(sections):
             folder = Path(name, str(number))
             folder.mkdir()
             began = time.monotonic()
