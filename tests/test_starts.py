@@ -228,17 +228,8 @@ def test_other_commands_end_with_their_terminal(tmp_path: Path) -> None:
     """Only the daemon outlives a SIGHUP: also a command that has the word `run` among its arguments does not."""
     with Daemon(tmp_path, "import time\nclass T:\n    def run(self, a): time.sleep(600)\n") as daemon:
         # whoever runs the tests may ignore it
-        command = [
-            "env",
-            "--default-signal=HUP",
-            sys.executable,
-            "-m",
-            "workerd",
-            "submit",
-            "--socket",
-            str(daemon.socket),
-        ]
-        command += ["--wait", "run"]
+        submit = ["workerd", "submit", "--socket", str(daemon.socket), "--wait", "run"]
+        command = ["env", "--default-signal=HUP", sys.executable, "-m", *submit]
         process = subprocess.Popen(command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)})
         daemon.wait_until(lambda status: status["jobs"]["running"] == 1)
         process.send_signal(signal.SIGHUP)

@@ -70,7 +70,7 @@ class Backlog:
     def _append(self, priority: int, jobs: Sequence[Job]) -> None:
         """Have jobs, which are in order, join their line."""
         line = self.line(priority)
-        if not self._has_tail(line) or place(jobs[-1]) <= line.cursor:
+        if not self._goes_on_behind(line) or place(jobs[-1]) <= line.cursor:
             size = sum([len(job.arguments) for job in jobs])
             if not self._fits(len(jobs), size):
                 self._displace(priority)
@@ -81,14 +81,14 @@ class Backlog:
                 return
         for job in jobs:
             # what has its place among the jobs in memory is never found in the spool: it must be taken in
-            if place(job) > line.cursor and (self._has_tail(line) or not self._has_room(line)):
+            if place(job) > line.cursor and (self._goes_on_behind(line) or not self._has_room(line)):
                 line.put_behind(job)
                 self.spilled.append(job)
             else:
                 line.add([job])
                 self._count_in([job])
 
-    def _has_tail(self, line: Line) -> bool:
+    def _goes_on_behind(self, line: Line) -> bool:
         # what is being read may have no job in it any more, but one that comes in now is in it, too
         return bool(line.stored or line.loading or self.frozen)
 

@@ -12,6 +12,7 @@ from itertools import accumulate, groupby
 from typing import TYPE_CHECKING
 
 import msgspec
+from msgspec import structs
 
 from workerd import clock, protocol
 from workerd.errors import SpoolError
@@ -122,8 +123,7 @@ class Engine:
         return b'{"id":%b,"status":"succeeded","result":%b%b' % (job_id, encoded, tail.encode())
 
     def failed(self, job: Job, reason: str, error: bytes, duration: int) -> None:
-        said = _error(error)
-        details = {"reason": reason, "type": said.type, "message": said.message, "traceback": said.traceback}
+        details = {"reason": reason, **structs.asdict(_error(error))}
         self.metrics.durations(job.target, [duration])
         if job.state is State.SCHEDULED:
             self.metrics.retried(job.target, 1)

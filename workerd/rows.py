@@ -287,8 +287,9 @@ def _pack(snapshot: Snapshot) -> dict[str, object]:
     data: list[bytes] = []
     at = 1
     for of_job, job in dict(zip(common, jobs, strict=True)).items():
+        *_, ready_at, attempts, crashes = of_job
         kinds[of_job] = at
-        data.append(_kind(job, *of_job[4:]))
+        data.append(_kind(job, ready_at, attempts, crashes))
         at += len(data[-1])
     key_sizes, sizes = [len(key) for key in keys], [len(text) for text in arguments]
     starts = accumulate(map(add, key_sizes, sizes), initial=at)

@@ -152,8 +152,7 @@ class Spool:
 
     def _insert_new(self, keyed: Snapshot) -> frozenset[int]:
         """Store those whose ids are not known; returns their seqs."""
-        if ours := [job.key for job in keyed.jobs if job.key and job.key.startswith(self.identity)]:
-            named = self._named(ours)
+        if named := self._named([job.key or "" for job in keyed.jobs]):
             keyed = keyed.without([job.key in named for job in keyed.jobs])
         seqs = [job.seq for job in keyed.jobs]
         if self._insert(rows.INSERT_NEW, keyed) < len(seqs):
@@ -299,7 +298,10 @@ class Spool:
 
     def _named(self, ids: Sequence[str]) -> set[str]:
         """Those of the ids that the daemon itself has given to jobs which are there."""
-        seqs = {seq: job_id for job_id in ids if (seq := self.seq_of(job_id)) is not None}
+        ours = [job_id for job_id in ids if job_id.startswith(self.identity)]
+        seqs = {seq: job_id for job_id in ours if (seq := self.seq_of(job_id)) is not None}
+        if not seqs:  # mostly
+            return set()
         own = f"SELECT seq FROM jobs WHERE key IS NULL AND seq {rows.LISTED}"
         return {seqs[seq] for seq in self._seqs(own, {"seqs": as_json([*seqs])})}
 
