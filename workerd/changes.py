@@ -35,9 +35,6 @@ class Snapshot(msgspec.Struct, frozen=True):
             return NO_JOBS
         return cls(jobs, [job.attempts for job in jobs], [job.crashes for job in jobs], [job.ready_at for job in jobs])
 
-    def __len__(self) -> int:
-        return len(self.jobs)
-
     def without(self, which: Sequence[bool]) -> Snapshot:
         """Those of which that is not true."""
         if not any(which):
@@ -66,7 +63,8 @@ class Transaction(msgspec.Struct, frozen=True):
     size: int  # bytes, more or less, of all but the new jobs
 
     def __bool__(self) -> bool:
-        return any((self.inserts, self.keyed, self.updates, self.buried, self.succeeded, self.deletes))
+        new = self.inserts.jobs or self.keyed.jobs
+        return bool(new or self.updates.jobs or self.buried or self.succeeded or self.deletes)
 
 
 class Changes:

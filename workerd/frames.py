@@ -1,7 +1,4 @@
-"""Messages on a pipe, as `multiprocessing.connection` frames them: a signed 32-bit length, then so many bytes.
-
-The worker's end of each pipe is a `Connection`, which sends; all else reads, and the parent's end writes, by this.
-"""
+"""Messages on a pipe, as `multiprocessing.connection` frames them: a signed 32-bit length, then so many bytes."""
 
 from __future__ import annotations
 
@@ -26,6 +23,7 @@ class FrameReader:
     def __init__(self, limit: int = LIMIT, mark: bytes = b"") -> None:
         self._limit = limit
         self._mark = mark
+        self._head = HEAD + len(mark)
         self._rest = bytearray()  # grows in place: a large message comes in many pieces
 
     def feed(self, data: bytes) -> list[bytes]:
@@ -36,10 +34,12 @@ class FrameReader:
                 return []
             data = bytes(self._rest)
             self._rest.clear()
+        elif (end := self._end(data, 0)) == len(data):  # as nearly always
+            return [data[self._head :]]
         messages = []
         at = 0
         while (end := self._end(data, at)) is not None and end <= len(data):
-            messages.append(data[at + HEAD + len(self._mark) : end])
+            messages.append(data[at + self._head : end])
             at = end
         self._rest += data[at:]
         return messages
@@ -48,8 +48,8 @@ class FrameReader:
         """Where the message ends that begins there; None while that is not known."""
         if len(data) - at < HEAD:
             return None
-        length = _HEADER.unpack_from(data, at)[0]
-        begin = bytes(data[at + HEAD : at + HEAD + len(self._mark)])
-        if not len(self._mark) <= length <= self._limit or not self._mark.startswith(begin):
-            raise ValueError(f"a message of {length} bytes that begins with {begin!r}")
-        return at + HEAD + int(length)
+        length = int(_HEADER.unpack_from(data, at)[0])
+        begin = data[at + HEAD : at + self._head]
+        if not len(self._mark) <= length <= self._limit or not self._mark.startswith(bytes(begin)):
+            raise ValueError(f"a message of {length} bytes that begins with {bytes(begin)!r}")
+        return at + HEAD + length

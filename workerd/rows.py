@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import sqlite3
 from functools import lru_cache
-from itertools import accumulate, chain
-from operator import add
+from itertools import accumulate
 from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
@@ -267,37 +266,29 @@ def pieces(sizes: Sequence[int]) -> Iterator[slice]:
 
 
 def _pack(snapshot: Snapshot) -> dict[str, object]:
-    # column by column, as a loop over rows in Python takes longer
-    jobs = snapshot.jobs
-    keys = [job.key.encode() if job.key else b"" for job in jobs]
-    arguments = [job.arguments for job in jobs]
-    common = list(
-        zip(
-            [job.target for job in jobs],
-            [id(job.options) for job in jobs],
-            [id(job.submitter) for job in jobs],
-            [job.submitted for job in jobs],
-            snapshot.ready_at,
-            snapshot.attempts,
-            snapshot.crashes,
-            strict=True,
-        )
-    )
     kinds: dict[tuple[object, ...], int] = {}
     data: list[bytes] = []
+    numbers: list[int] = []  # of all rows, one after the other
     at = 1
-    for of_job, job in dict(zip(common, jobs, strict=True)).items():
-        *_, ready_at, attempts, crashes = of_job
-        kinds[of_job] = at
-        data.append(_kind(job, ready_at, attempts, crashes))
-        at += len(data[-1])
-    key_sizes, sizes = [len(key) for key in keys], [len(text) for text in arguments]
-    starts = accumulate(map(add, key_sizes, sizes), initial=at)
-    records = zip([kinds[of_job] for of_job in common], starts, key_sizes, sizes, strict=False)
-    numbers = ROW_FORMAT * len(jobs) % tuple(chain.from_iterable(records))
-    assert len(numbers) == ROW_WIDTH * len(jobs)
-    data += chain.from_iterable(zip(keys, arguments, strict=True))
-    return {"data": b"".join(data), "rows": numbers, "seqs": as_json([job.seq for job in jobs])}
+    jobs = snapshot.jobs
+    for job, ready_at, attempts, crashes in zip(
+        jobs, snapshot.ready_at, snapshot.attempts, snapshot.crashes, strict=True
+    ):
+        common = (job.target, id(job.options), id(job.submitter), job.submitted, ready_at, attempts, crashes)
+        kind = kinds.get(common)
+        if kind is None:
+            kinds[common] = kind = at
+            record = _kind(job, ready_at, attempts, crashes)
+            data.append(record)
+            at += len(record)
+        key = job.key.encode() if job.key else b""
+        arguments = job.arguments
+        data += (key, arguments)
+        numbers += (kind, at, len(key), len(arguments))
+        at += len(key) + len(arguments)
+    records = ROW_FORMAT * len(jobs) % tuple(numbers)
+    assert len(records) == ROW_WIDTH * len(jobs)
+    return {"data": b"".join(data), "rows": records, "seqs": as_json([job.seq for job in jobs])}
 
 
 def _kind(job: Job, ready_at: float, attempts: int, crashes: int) -> bytes:

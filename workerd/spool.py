@@ -20,7 +20,7 @@ from workerd.changes import Committed, Counts, Dead, Snapshot, Stored, Transacti
 from workerd.errors import SpoolError
 from workerd.rows import LAST_SEQ, DeadJob, DeadPage, as_json, packed
 from workerd.spoolfile import begin, connect, lock, sync_folder
-from workerd.view import View, explaining
+from workerd.view import Explaining, View
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -139,7 +139,7 @@ class Spool:
         new: frozenset[int] = frozenset()
         with self._transaction():
             self._insert(rows.INSERT, transaction.inserts)
-            if transaction.keyed:
+            if transaction.keyed.jobs:
                 new = self._insert_new(transaction.keyed)
             self._insert(rows.UPSERT, transaction.updates)
             self._insert(rows.UPSERT, transaction.graves)
@@ -322,7 +322,9 @@ class Spool:
             self._db.execute(rows.BURY, graves)
 
     def _insert(self, sql: str, jobs: Snapshot) -> int:
-        return sum(self._db.execute(sql, values).rowcount for values in packed(jobs))
+        if not jobs.jobs:  # of the four kinds of a transaction, mostly three
+            return 0
+        return sum([self._db.execute(sql, values).rowcount for values in packed(jobs)])
 
     def _peek(self, sql: str, values: Any) -> list[tuple[int, int]]:
         return msgspec.json.decode(self._one(sql, values), type=list[tuple[int, int]])
@@ -366,8 +368,8 @@ class Spool:
         job_id = selection.get("id")
         return rows.chosen(selection, None if job_id is None else self.seq_of(job_id))
 
-    def _reading(self) -> contextlib.AbstractContextManager[None]:
-        return explaining(self._path)
+    def _reading(self) -> Explaining:
+        return Explaining(self._path)
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[None]:

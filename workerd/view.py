@@ -23,16 +23,24 @@ LONGEST = 5.0  # seconds that one page may take
 STEPS = 100_000  # of SQLite's machine, between two looks at the clock
 
 
-@contextlib.contextmanager
-def explaining(path: Path | None) -> Iterator[None]:
-    """Raise SpoolError for what SQLite raises; where it tells of damage, that is noted for the next opening."""
-    try:
-        yield
-    except (sqlite3.Error, OSError) as error:
-        failure = explained(path, error)
-        if isinstance(failure, DamagedSpoolError) and path is not None:
-            upkeep.suspect(path, failure)
-        raise failure from error
+class Explaining:
+    """A context that raises SpoolError for what SQLite raises; where that tells of damage, it is noted for the next
+    opening.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self._path = path
+
+    def __enter__(self) -> None:
+        """Nothing is to be done: a generator would take 3 us, at each commit."""
+
+    def __exit__(self, _kind: object, error: BaseException | None, _traceback: object) -> None:
+        """Raise SpoolError instead of an error of SQLite's or the system's."""
+        if isinstance(error, sqlite3.Error | OSError):
+            failure = explained(self._path, error)
+            if isinstance(failure, DamagedSpoolError) and self._path is not None:
+                upkeep.suspect(self._path, failure)
+            raise failure from error
 
 
 class View:
@@ -47,7 +55,7 @@ class View:
         """As Spool.dead; None where a row makes no sense, which only who writes can put right. Raises SpoolError."""
         job_id = selection.get("id")
         where = rows.chosen(selection, None if job_id is None else self._seq_of(job_id))
-        with explaining(self._path):
+        with Explaining(self._path):
             try:
                 with self._snapshot() as db:
                     seqs, more = rows.peek_dead(db, where, (after_seq, LAST_SEQ), limit, max_bytes)

@@ -29,12 +29,11 @@ import msgspec
 
 from workerd import claims
 from workerd.errors import JobTimeout
-from workerd.frames import MARK, FrameReader
+from workerd.frames import MARK, FrameReader, frame
 from workerd.output import TEXT_LIMIT, JobLogHandler, JobStream
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
-    from multiprocessing.connection import Connection
     from types import FrameType
 
     from workerd import job
@@ -91,12 +90,12 @@ def _is_method(cls: type, name: str) -> bool:
     return inspect.isroutine(found) and callable(found) and not inspect.iscoroutinefunction(found)
 
 
-def main(connection: Connection, slot: memoryview, outbox: Outbox, attributes: object, settings: Settings) -> None:
-    """Run jobs until the pipe is closed. `attributes` is the class, or an instance of it.
+def main(pipe: int, slot: memoryview, outbox: Outbox, attributes: object, settings: Settings) -> None:
+    """Run jobs until the pipe, a descriptor, is closed. `attributes` is the class, or an instance of it.
 
     Raises SystemExit where the worker is of no use, or a job has closed the pipe.
     """
-    worker = Worker(connection, slot, outbox, settings)
+    worker = Worker(pipe, slot, outbox, settings)
     try:
         try:
             instance = attributes() if isinstance(attributes, type) else attributes
@@ -156,8 +155,7 @@ def _cut(text: str, *, from_end: bool = False) -> str:
 class Worker:
     """Runs batches. One thread calls methods; `send` may be used from any."""
 
-    def __init__(self, connection: Connection, slot: memoryview, outbox: Outbox, settings: Settings) -> None:
-        self.connection = connection
+    def __init__(self, pipe: int, slot: memoryview, outbox: Outbox, settings: Settings) -> None:
         self.slot = slot
         self.outbox = outbox
         self.settings = settings
@@ -172,8 +170,9 @@ class Worker:
         self._lock = threading.Lock()
         self._decode = msgspec.msgpack.Decoder(tuple[int, Columns]).decode
         self._encode = msgspec.msgpack.Encoder().encode
-        self._descriptor = connection.fileno()
-        self._pipe = self._found()
+        self._pipe = pipe
+        found = os.fstat(pipe)
+        self._device, self._inode = found.st_dev, found.st_ino  # what is open there, as long as the pipe is ours
         self._looked = False  # whether the pipe was looked at since something was read
         self._frames = FrameReader(limit=2**31 - 1)
         self._memory = memoryview(bytearray(READ_SIZE))  # to make one anew for each read would cost more than to read
@@ -190,10 +189,12 @@ class Worker:
         """
         if self.forked:
             return
+        data = frame(MARK + self._encode(message))
         with self._lock:
             self._check_pipe()
             self._looked = True
-            self.connection.send_bytes(MARK + self._encode(message))
+            while data:
+                data = data[os.write(self._pipe, data) :]
 
     def run(self, methods: Methods) -> None:
         """Run batches until the pool closes the pipe, or is gone. Raises LostPipeError."""
@@ -213,7 +214,7 @@ class Worker:
             self._check_pipe()
         self._looked = False
         # in one read: while it waits, a thread of a job's may close the pipe, and what it reads is of the pipe still
-        if not (size := os.readv(self._descriptor, (self._memory,))):
+        if not (size := os.readv(self._pipe, (self._memory,))):
             raise EOFError
         return self._frames.feed(bytes(self._memory[:size]))
 
@@ -291,16 +292,12 @@ class Worker:
             self._report(position - 1, reported, durations, endings)
         self.send(STOPPED, position)
 
-    def _found(self) -> tuple[int, int] | None:
-        """What is open where the pipe was at the start: device and inode, None for nothing."""
-        try:
-            found = os.fstat(self._descriptor)
-        except OSError:
-            return None
-        return found.st_dev, found.st_ino
-
     def _check_pipe(self) -> None:
-        if self._found() != self._pipe:
+        try:
+            found = os.fstat(self._pipe)
+        except OSError:
+            raise LostPipeError from None
+        if found.st_ino != self._inode or found.st_dev != self._device:
             raise LostPipeError
 
     def _expire(self, _number: int, _frame: FrameType | None) -> None:

@@ -14,7 +14,7 @@ import logging
 import threading
 import time
 from collections import deque
-from functools import cache, partial
+from functools import partial
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -217,8 +217,9 @@ class Writer:
     def _due(self, *, everything: bool) -> list[Entry]:
         """The entries that must be written now: up to the last that is out of patience."""
         now = self._loop.time()
-        patience = cache(self.patience)
-        left = [entry.at + (0.0 if entry.keyed else patience(entry.priority)) - now for entry in self._entries]
+        priorities = {entry.priority for entry in self._entries if not entry.keyed}
+        patience = {priority: self.patience(priority) for priority in priorities}
+        left = [entry.at + (0.0 if entry.keyed else patience[entry.priority]) - now for entry in self._entries]
         hurried = everything or self._closing
         due = max((i for i, seconds in enumerate(left, 1) if hurried or seconds <= 0), default=0)
         taken = [self._entries.popleft() for _ in range(due)]

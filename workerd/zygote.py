@@ -16,7 +16,6 @@ import select
 import signal
 import socket
 import sys
-from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -255,7 +254,7 @@ def run_worker(
         os.close(output)
         shared = Outbox(outbox)
         os.close(outbox)
-        worker.main(Connection(pipe), claims.slot(slot), shared, attributes, settings)
+        worker.main(pipe, claims.slot(slot), shared, attributes, settings)
         status = 0
     except SystemExit as end:
         status = end.code if isinstance(end.code, int) else 1
