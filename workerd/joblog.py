@@ -43,11 +43,12 @@ class JobLog:
 
     def failed(self, job: Job, job_id: str, details: dict[str, str], wait: float) -> None:
         """A job is to run again in `wait` seconds, or is dead; `details` are reason, type, message and traceback."""
+        if not self._may(self._failures, job.submitter):
+            return
         again = job.state is State.SCHEDULED
         text = head(details["message"], job_id, again=again)
         trace = "" if again else tail(details["traceback"], job_id)
-        if not self._may(self._failures, job.submitter, size(text) + size(trace)):
-            return
+        self._charge(self._failures, job.submitter, text, trace)
         extra = about(job_id, job.target, job.submitter, "job_retried" if again else "job_dead")
         how = summary(job, details)
         if again:
@@ -59,19 +60,23 @@ class JobLog:
         self, worker: int, level: int, text: str, job: tuple[str, str] | None, submitter: Submitter | None
     ) -> None:
         """A line that a worker printed or logged, if in the name of a job: its id and target."""
-        if not log.isEnabledFor(level) or not self._may(self._output, submitter, size(text)):
+        if not log.isEnabledFor(level) or not self._may(self._output, submitter):
             return
+        self._charge(self._output, submitter, text)
         extra = about(*job, submitter, "worker_output") if job else {"event": "worker_output"}
         log.log(level, "%s", text, extra={"worker": worker, **extra})
 
-    def _may(self, limit: RateLimit, submitter: Submitter | None, amount: int) -> bool:
-        """Whether the submitter's share has room for a record with so many bytes of text."""
-        if limit.take(submitter and submitter.uid, RECORD + amount, time.monotonic()):
+    def _may(self, limit: RateLimit, submitter: Submitter | None) -> bool:
+        """Whether the submitter's share has room for a record."""
+        if limit.admits(submitter and submitter.uid, time.monotonic()):
             return True
         self._metrics.log_lost("limited", 1)
         if self._timer is None:
             self._timer = asyncio.get_running_loop().call_later(TELL_INTERVAL, self._tell)
         return False
+
+    def _charge(self, limit: RateLimit, submitter: Submitter | None, *texts: str) -> None:
+        limit.charge(submitter and submitter.uid, RECORD + sum(map(size, texts)), time.monotonic())
 
     def _tell(self) -> None:
         self._timer = None

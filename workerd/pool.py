@@ -201,7 +201,7 @@ class Pool:
         elif kind == worker.FAILED:
             error = msgspec.json.decode(message[1])
             self._generation_of(process).last_error = f"{error['type']}: {error['message']}"
-            self.observer.start_failed(process.number, message[1].encode())
+            self.observer.start_failed(process.number, message[1])
         elif kind == worker.RECYCLE:
             self._recycle(process)
 

@@ -21,19 +21,23 @@ class RateLimit:
         self._left: dict[Hashable, tuple[float, float]] = {}  # by party: how much it had left, and when
         self._refused: dict[Hashable, int] = {}
 
-    def take(self, party: Hashable, amount: float, now: float) -> bool:
-        """Whether the party may have this; if not, it is counted as refused.
+    def admits(self, party: Hashable, now: float) -> bool:
+        """Whether the party may have something, however much; if not, it is counted as refused.
 
-        It may while it has anything left, and owes what it had not: so nothing is too large for a full bucket.
+        It may while it has anything left, and owes what it had not: so nothing is too large for a full bucket, and
+        nobody need know how much it will be.
         """
+        if self._now(party, now) > 0:
+            return True
+        self._refused[party] = self._refused.get(party, 0) + 1
+        return False
+
+    def charge(self, party: Hashable, amount: float, now: float) -> None:
+        """The party has had so much."""
         left = self._now(party, now)
-        if left <= 0:
-            self._refused[party] = self._refused.get(party, 0) + 1
-            return False
         if len(self._left) >= MANY:
             self._left = {known: since for known, since in self._left.items() if self._now(known, now) < self._burst}
         self._left[party] = (left - amount, now)
-        return True
 
     def _now(self, party: Hashable, now: float) -> float:
         left, since = self._left.get(party, (self._burst, now))

@@ -127,7 +127,7 @@ class Settler:
         else:
             self.queue.failed(job, clock.now())
         reason = "timed_out" if kind == worker.TIMEOUT else "failed"
-        self.observer.failed(job, reason, error.encode(), duration)
+        self.observer.failed(job, reason, error, duration)
 
     def _crash(self, job: Job, duration: int) -> None:
         self.queue.crashed(job, clock.now())

@@ -124,8 +124,8 @@ class Methods(dict[str, "Callable[[Any], Any]"]):
         raise UnknownTarget(f"the class has no public method {name!r} any more; bring it back and retry the job")
 
 
-def describe(error: BaseException) -> str:
-    """An exception as JSON text: type, message, and the traceback below workerd's own frame."""
+def describe(error: BaseException) -> bytes:
+    """An exception as JSON: type, message, and the traceback below workerd's own frame."""
     kind = type(error)
     name = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
     try:
@@ -138,14 +138,15 @@ def describe(error: BaseException) -> str:
     except Exception:
         text = "".join(traceback.format_tb(frames)) + name
     fields = {"type": _cut(name), "message": _cut(message), "traceback": _cut(text, from_end=True)}
-    return msgspec.json.encode(fields).decode()
+    return msgspec.json.encode(fields)
 
 
 def _cut(text: str, *, from_end: bool = False) -> str:
     """As much of the text as `TEXT_LIMIT` bytes of JSON hold: of control characters that is a sixth."""
-    text = text[-TEXT_LIMIT:] if from_end else text[:TEXT_LIMIT]
+    part = slice(-TEXT_LIMIT, None) if from_end else slice(TEXT_LIMIT)
     # lone surrogates and the like must not make the report itself fail
-    text = text.encode("utf-8", "backslashreplace").decode()
+    data = text[part].encode("utf-8", "backslashreplace")
+    text = data[part].decode(errors="ignore")  # a character that was cut in two is left out
     while (size := len(msgspec.json.encode(text)) - 2) > TEXT_LIMIT:
         keep = min(len(text) - 1, len(text) * TEXT_LIMIT // size)
         text = text[-keep:] if from_end else text[:keep]
@@ -323,9 +324,13 @@ class Worker:
         if self.forked:
             os.write(2, text.encode("utf-8", "backslashreplace") + b"\n")
             return
-        text = text[:TEXT_LIMIT].encode("utf-8", "backslashreplace").decode()
+        text = text[:TEXT_LIMIT]
+        about = (job[0], job[1], job[2]) if job else (None, None, None)
         with contextlib.suppress(LostPipeError):  # its method runs to its end, after which the worker leaves
-            self.send(OUTPUT, level, text, job and job[0], job and job[1], job and job[2])
+            try:
+                self.send(OUTPUT, level, text, *about)
+            except UnicodeEncodeError:  # of lone surrogates and the like
+                self.send(OUTPUT, level, text.encode("utf-8", "backslashreplace").decode(), *about)
 
 
 def kind_of(error: BaseException) -> int:

@@ -103,7 +103,7 @@ def main(sock: socket.socket) -> None:
         attributes = load_class(spec)
     except ConfigError as error:
         cause = error.__cause__
-        reply: Message = Unusable(str(error), worker.describe(cause) if cause else "")
+        reply: Message = Unusable(str(error), worker.describe(cause).decode() if cause else "")
         _flush()
         _send(sock, reply)
         return
