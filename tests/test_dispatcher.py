@@ -10,7 +10,7 @@ import pytest
 
 from workerd import claims
 from workerd.claims import Claims
-from workerd.dispatcher import LATE, Dispatcher
+from workerd.dispatcher import LATE, LONGEST_PATIENCE, Dispatcher
 from workerd.job import Job, Options
 from workerd.process import Phase, WorkerProcess
 from workerd.queue import BATCH_JOBS, JobQueue
@@ -200,3 +200,18 @@ def test_nobody_looks_where_nothing_can_be_done(two: Workers) -> None:
     assert sorted(two.taken_back) == [0, 1]
     assert [len(held) for held in two.held()] == [1, 1]
     assert two.loop.pass_time(10.0) == 0
+
+
+def test_who_fills_the_memory_with_quick_jobs_has_to_wait(two: Workers) -> None:
+    """Where nothing need be written, who sends is told at once of a few, and late as soon as half of the memory is full,
+    so that some end meanwhile; of jobs that take their time at once all the same, for they would wait for long.
+    """
+    two.queue.backlog.window = 20 * BATCH_JOBS
+    two.enter(2 * BATCH_JOBS)
+    assert two.dispatcher.restraint(100) == two.dispatcher.patience(100) < LONGEST_PATIENCE
+    two.enter(15 * BATCH_JOBS, first=10**5)
+    two.queue.pace = 0.0009  # all of them together take longer than anybody is to wait
+    assert two.dispatcher.patience(100) == 0.0
+    assert two.dispatcher.restraint(100) == LONGEST_PATIENCE
+    two.queue.pace = 0.01
+    assert two.dispatcher.restraint(100) == 0.0

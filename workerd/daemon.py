@@ -153,11 +153,12 @@ class Daemon:
         self.engine.on_change = self.reporter.touch
         self.pool = self.engine.pool = Pool(queue, claims, self.engine)
         self.pool.on_slow = self.reporter.waits
-        self.writer.patience = self.pool.dispatcher.patience
+        dispatcher = self.pool.dispatcher
+        self.writer.patience = dispatcher.patience if path is not None else dispatcher.restraint
         self.writer.on_stored = self.engine.enter
         self.writer.on_refused = queue.refused
         self.writer.on_room = self.pool.dispatch
-        self.pool.dispatcher.is_held_up = self.writer.is_full
+        dispatcher.is_held_up = self.writer.is_full
         self._exits.push_async_callback(self.pool.close)
         self.admission = Admission(self.engine)
         self.feeder.on_refusal = self.admission.no_connection

@@ -118,6 +118,16 @@ class Dispatcher:
         expected = (ahead + self._queue.held) * max(self._queue.pace / free, OVERHEAD)
         return LEEWAY + 2 * expected if expected < LONGEST_PATIENCE else 0.0
 
+    def restraint(self, priority: int) -> float:
+        """Patience where nothing need be written: whoever fills the memory with quick jobs waits for some to end.
+
+        To write what has no room there takes several times as long as to run it.
+        """
+        backlog = self._queue.backlog
+        if self._queue.quick() and backlog.in_memory > backlog.window / 2:
+            return LONGEST_PATIENCE
+        return self.patience(priority)
+
     def _look_later(self) -> None:
         # first what is quicker to ask, as it is asked for each job that comes alone
         if self._queue.held > 1 and any(process.holder.several for process in self._workers.workers()):
