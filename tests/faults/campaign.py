@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import pprint
 import random
 import re
+import shutil
 import time
 from collections import Counter
 from typing import TYPE_CHECKING, Any, Self
@@ -22,7 +24,7 @@ from faults.injections import PROCESSES, Context
 from faults.jobs import Jobs
 from faults.ledger import Ledger
 from faults.nasty import OUTLIVES
-from faults.service import PATIENCE, Service
+from faults.service import PATIENCE, History, Service
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -38,9 +40,10 @@ FORGIVEN = ("sent what makes no sense", "timed out", "KeyboardInterrupt")  # wha
 
 
 class Campaign:
-    """`seed` decides all that we decide."""
+    """`seed` decides all that we decide. What was done in an episode that is not as promised is kept in `evidence`."""
 
-    def __init__(self, folder: Path, seed: int) -> None:
+    def __init__(self, folder: Path, seed: int, evidence: Path | None = None) -> None:
+        self.evidence = evidence
         self.random = random.Random(seed)
         self.seed = seed
         self.service = Service(folder)
@@ -123,7 +126,8 @@ class Campaign:
             self._client_ended(client, ledger)
         dead = self._take_dead()
         self.service.take_hits()
-        audit = Audit(self.jobs, ledger, dead, self.service.history())
+        history = self.service.history()
+        audit = Audit(self.jobs, ledger, dead, history)
         found = audit.run()
         for client in self.clients:
             found.wrong += audit.never_came(client.cut)
@@ -132,10 +136,17 @@ class Campaign:
         found.wrong += self._tracebacks()
         found.wrong += spoiled(self.service.files)
         self._nothing_left_behind(found)
+        if found.bad and self.evidence:
+            self._keep(self.evidence / f"episode-{self.episodes}", history, found)
         os.truncate(self.service.ledger, 0)
         self.jobs = self.jobs.following()
         self.findings.add(found)
         return found
+
+    def _keep(self, folder: Path, history: History, found: Findings) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copy(self.service.ledger, folder / "ledger.txt")
+        (folder / "history.txt").write_text("\n".join([*found.bad, pprint.pformat(history)]) + "\n")
 
     def _drained(self) -> None:
         """Each client must have sent all, and each job have ended."""

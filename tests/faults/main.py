@@ -45,7 +45,10 @@ def main() -> int:
     phases = given.only or list(SHARES)
     whole = sum(SHARES[phase] for phase in phases)
     seconds = {phase: given.minutes * 60 * SHARES[phase] / whole for phase in phases}
-    with tempfile.TemporaryDirectory(prefix=".faults-", dir=Path.cwd()) as name, Campaign(Path(name), given.seed) as c:
+    with (
+        tempfile.TemporaryDirectory(prefix=".faults-", dir=Path.cwd()) as name,
+        Campaign(Path(name), given.seed, given.output) as c,
+    ):
         more: list[str] = []
         series: list[Series] = []
         seen: storms.Seen = {}
