@@ -148,7 +148,8 @@ def wanted(c: Campaign) -> int:
 @contextlib.contextmanager
 def workers_held(c: Campaign, count: int, **options: Any) -> Iterator[Sequence[Submitted]]:
     """So many jobs run for as long as this lasts, and then fail."""
-    path = c.service.daemon.folder / "hold"
+    # of its own: one that was killed runs again, and must not be held by the next, which it would keep from beginning
+    path = c.service.daemon.folder / f"hold-{time.monotonic_ns()}"
     path.touch()
     try:
         jobs = several(c, count, "held", {**URGENT, **options}, **{"while": str(path)})
