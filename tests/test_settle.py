@@ -5,13 +5,14 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
 
 from workerd import claims, worker
 from workerd.claims import Claims
 from workerd.job import Job, Options
 from workerd.queue import Holder, JobQueue
-from workerd.settle import Settler
+from workerd.settle import Settler, crash
 
 
 class Told:
@@ -20,12 +21,14 @@ class Told:
     def __init__(self) -> None:
         self.succeeded_seqs: list[int] = []
         self.failures: list[tuple[int, str]] = []
+        self.messages: list[str] = []
 
     def succeeded(self, _target: str, jobs: list[Job], _durations: list[int], _started: int) -> None:
         self.succeeded_seqs += [job.seq for job in jobs]
 
-    def failed(self, job: Job, reason: str, _error: bytes, _duration: int) -> None:
+    def failed(self, job: Job, reason: str, error: bytes, _duration: int) -> None:
         self.failures.append((job.seq, reason))
+        self.messages.append(msgspec.json.decode(error).get("message", ""))
 
 
 class Dead:
@@ -51,7 +54,7 @@ class Dead:
         slot = self.process.slot
         slot[claims.STARTED], slot[claims.RETURNED], slot[claims.SENT] = started, returned, sent
         slot[claims.EXPIRED] = expired
-        return self.settler.dead(self.process, charge=True)
+        return self.settler.dead(self.process, -9, charge=True)
 
     def ready(self) -> list[int]:
         """The seqs of the jobs that are back in the queue."""
@@ -117,3 +120,20 @@ def test_who_was_running_when_everything_died(returned: int, sent: int, interrup
     slot = shared.slot(3)
     slot[claims.SEQ], slot[claims.STARTED], slot[claims.RETURNED], slot[claims.SENT] = 7, 2, returned, sent
     assert shared.interrupted() == interrupted
+
+
+@pytest.mark.parametrize(
+    ("status", "how"),
+    [(-11, "by signal 11 (SIGSEGV)"), (-40, "by signal 40 (a real-time signal)"), (3, "with exit status 3")],
+)
+def test_what_the_worker_died_of_is_told(status: int, how: str) -> None:
+    """The job's error says how its worker ended."""
+    assert msgspec.json.decode(crash(status))["message"] == f"the worker process ended {how} while it ran this job"
+
+
+def test_which_timeout_it_was_is_told(dead: Dead) -> None:
+    """The error of a job that had to be killed says how long it was allowed."""
+    for job in dead.process.holder.batches[0].jobs:
+        job.options = Options(timeout=0.25)
+    dead.dies(started=1, expired=1)
+    assert dead.told.messages == ["the job did not end when its timeout of 0.25 s ran out, so its worker was killed"]

@@ -163,7 +163,7 @@ class Pool:
         process.read_all(self._on_message)
         with contextlib.suppress(OSError):
             self._on_output(process)
-        victim = self._settler.dead(process, charge=not self.paused)
+        victim = self._settler.dead(process, status, charge=not self.paused)
         process.close()
         process.slot[SEQ] = 0
         del generation.workers[process.number]

@@ -7,7 +7,9 @@ not come was lost with the pipe, which a job may have closed: how that one ended
 
 from __future__ import annotations
 
+import signal
 import time
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Protocol
 
 import msgspec
@@ -20,20 +22,27 @@ if TYPE_CHECKING:
     from workerd.process import WorkerProcess
     from workerd.queue import JobQueue
 
-CRASHED = msgspec.json.encode(
-    {
-        "type": "WorkerCrashed",
-        "message": "the worker process ended while it ran this job",
-        "traceback": "",
-    }
-)
-KILLED = msgspec.json.encode(
-    {
-        "type": "workerd.JobTimeout",
-        "message": "the job did not end when its timeout ran out, so its worker was killed",
-        "traceback": "",
-    }
-)
+
+@lru_cache(maxsize=256)
+def crash(status: int) -> bytes:
+    """The error of a job whose worker died of it; `status` is its exit status, negative for a signal."""
+    how = f"by signal {-status} ({_signal(-status)})" if status < 0 else f"with exit status {status}"
+    message = f"the worker process ended {how} while it ran this job"
+    return msgspec.json.encode({"type": "WorkerCrashed", "message": message, "traceback": ""})
+
+
+def _signal(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return "a real-time signal"
+
+
+@lru_cache(maxsize=256)
+def killed(timeout: float) -> bytes:
+    """The error of a job whose worker was killed since it did not end in time."""
+    message = f"the job did not end when its timeout of {timeout:g} s ran out, so its worker was killed"
+    return msgspec.json.encode({"type": "workerd.JobTimeout", "message": message, "traceback": ""})
 
 
 Ending = tuple[int, int, Any]  # see worker.RESULT
@@ -129,9 +138,9 @@ class Settler:
         reason = "timed_out" if kind == worker.TIMEOUT else "failed"
         self.observer.failed(job, reason, error, duration)
 
-    def _crash(self, job: Job, duration: int) -> None:
+    def _crash(self, job: Job, duration: int, status: int) -> None:
         self.queue.crashed(job, clock.now())
-        self.observer.failed(job, "crashed", CRASHED, duration)
+        self.observer.failed(job, "crashed", crash(status), duration)
 
     def catch_up(self, process: WorkerProcess, returned: int, sent: int) -> bool:
         """Take the jobs up to position `returned` for successes that have not been reported yet; False: there are none.
@@ -160,7 +169,7 @@ class Settler:
             settled = True
         return settled
 
-    def dead(self, process: WorkerProcess, *, charge: bool) -> Job | None:
+    def dead(self, process: WorkerProcess, status: int, *, charge: bool) -> Job | None:
         """Settle what a dead worker held; returns the job that it took with it, if one is to be charged."""
         holder, slot = process.holder, process.slot
         started, (returned, sent) = slot[STARTED], ends(slot)
@@ -170,7 +179,7 @@ class Settler:
             returned, sent = 0, started
         self.catch_up(process, returned, sent)
         while charge and holder.batches and (first := holder.batches[0].first) <= max(returned, sent):
-            self._crash(self.queue.report(holder, first, 1)[0], 0)  # its end was sent, and has not come
+            self._crash(self.queue.report(holder, first, 1)[0], 0, status)  # its end was sent, and has not come
             self.catch_up(process, returned, sent)
         victim: Job | None = None
         running = holder.batches and started > max(returned, sent) and holder.batches[0].first == started
@@ -180,8 +189,8 @@ class Settler:
             if slot[EXPIRED] == started:  # we killed it, or our signal did, since a job has left that at its default
                 process.expired = started
                 self.queue.failed(victim, clock.now())
-                self.observer.failed(victim, "timed_out", KILLED, duration)
+                self.observer.failed(victim, "timed_out", killed(victim.options.timeout), duration)
             else:
-                self._crash(victim, duration)
+                self._crash(victim, duration, status)
         self.queue.release(holder)
         return victim

@@ -305,7 +305,8 @@ class Worker:
         # The signal may arrive late: only the job that it was meant for is interrupted.
         if self.running and self.slot[claims.EXPIRED] == self.running:
             self.running = 0
-            raise JobTimeout("the job has run for longer than its timeout")
+            seconds = (time.monotonic_ns() - self.slot[claims.SINCE]) / 1e9
+            raise JobTimeout(f"the job has run for {seconds:.3g} s, which is longer than its timeout")
 
     def _forked(self) -> None:
         self.forked = True
