@@ -72,7 +72,7 @@ LAYERS: list[set[str]] = [
     {"answer", "engine", "joblog", "admission", "deadjobs", "control", "recovery", "reporter", "daemon"},
     {
         *("cli", "check", "exits", "export", "reports", "submission", "daemonize", "terminal"),
-        *("client", "connection", "lines", "pipeline", "replies", "local", "__main__", "__init__"),
+        *("client", "connection", "exchange", "lines", "pipeline", "replies", "local", "__main__", "__init__"),
     },
 ]
 # ... and, beside itself, only as said here.
@@ -106,7 +106,8 @@ NEIGHBOURS: dict[str, set[str]] = {
     "daemon": {"engine", "admission", "control", "recovery", "reporter"},
     "lines": {"replies"},
     "pipeline": {"connection", "lines", "replies"},
-    "client": {"connection", "lines", "pipeline", "replies"},
+    "client": {"connection", "exchange", "lines", "pipeline", "replies"},
+    "exchange": {"replies"},
     "exits": {"terminal"},
     "export": {"terminal"},
     "reports": {"client", "terminal"},
@@ -114,10 +115,10 @@ NEIGHBOURS: dict[str, set[str]] = {
     "check": {"terminal"},
     "cli": {"check", "client", "daemonize", "exits", "export", "reports", "submission", "__init__"},
     "__main__": {"cli"},
-    "__init__": {"local"},
+    "__init__": {"client", "local"},
 }
 # What a program that talks to the daemon loads must not be the daemon.
-HIGHEST_LAYER_SEEN = dict.fromkeys(("client", "connection", "lines", "pipeline", "replies"), 1)
+HIGHEST_LAYER_SEEN = dict.fromkeys(("client", "connection", "exchange", "lines", "pipeline", "replies"), 1)
 # These import nothing of the package, and nothing of it imports them.
 ALONE = {"examples"}
 

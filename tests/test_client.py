@@ -184,12 +184,10 @@ def test_odd_replies(path: Path, odd: bytes) -> None:
 def test_closed_before_the_answer(path: Path) -> None:
     """A daemon that goes before it has answered is reported at once, also when it goes before it has read."""
     with FakeDaemon(path, Peer.receive, lambda _: None):
-        with Client(str(path)) as client, pytest.raises(UnavailableError, match="closed the connection"):
+        with Client(str(path)) as client, pytest.raises(UnavailableError, match=r"closed the connection.*not known"):
             client.submit("t")
-        with Client(str(path)) as client:
-            client._socket.recv(1)  # it has gone by now
-            with pytest.raises(UnavailableError):
-                client.command("ping")
+        with Client(str(path), reconnect=0) as client, pytest.raises(UnavailableError):
+            client.command("ping")
 
 
 def test_too_many_connections(path: Path) -> None:
@@ -231,7 +229,7 @@ def test_results_come_in_any_order(path: Path) -> None:
         assert [client.submit("t", reply="result") for _ in range(2)] == ["a", "b"]
         assert client.command("ping") == {"state": "running"}
         assert (client.wait("a").value, client.wait("b").value) == (None, {"x": [1.5]})
-        with pytest.raises(WorkerdError, match="not submitted over this connection"):
+        with pytest.raises(WorkerdError, match="not submitted by this client"):
             client.wait("a")
 
 

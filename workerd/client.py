@@ -5,28 +5,52 @@
         print(client.run("checksum", "/etc"))
         client.submit_many({"target": "thumbnail", "arguments": path, "id": path} for path in paths)
 
-One client is one connection, for one thread. Whatever goes wrong is a WorkerdError: an UnavailableError when
-there is no daemon or no answer, a Refusal when it does not take a request, a JobError when a job is dead.
+A client may be used from any thread, and after a fork in both processes. Whatever goes wrong is a WorkerdError: an
+UnavailableError when there is no daemon or no answer, a Refusal when it does not take a request, a JobError when a job
+is dead, a WaitTimeout when one has not ended in time.
 """
 
 from __future__ import annotations
 
+import contextlib
+import os
+import threading
 import time
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from weakref import WeakSet
 
 import msgspec
 
-from workerd.connection import DEFAULT_SOCKET, connect
-from workerd.errors import Refusal, UnavailableError, WorkerdError, shown
+from workerd.connection import DEFAULT_SOCKET, SOCKET_VARIABLE, connect
+from workerd.errors import Code, Refusal, UnavailableError, WaitTimeout, WorkerdError, shown
+from workerd.exchange import Exchange, LostError
 from workerd.lines import JobLines
 from workerd.pipeline import Pipeline
 from workerd.protocol import shape
-from workerd.replies import ENDED, Failure, Reply, Summary, decode_reply, unintelligible
+from workerd.replies import Failure, Reply, Summary, decode_reply, unintelligible
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-READ_SIZE = 1 << 18
+    from workerd.errors import Pickled
+
+__all__ = [
+    "Client",
+    "Failure",
+    "JobError",
+    "Refusal",
+    "Reply",
+    "Summary",
+    "UnavailableError",
+    "WaitTimeout",
+    "WorkerdError",
+]
+
+FIRST_PAUSE = 0.02  # seconds before the daemon is looked for again, twice as many each time
+LONGEST_PAUSE = 0.5
+DRAINING = b'"draining"'
+AN_ID = "; give a job an id of its own, and it can be sent again without being run twice"
+CLOSED = "this client is closed; make another one"
 
 _encode = msgspec.json.Encoder().encode
 
@@ -43,6 +67,9 @@ class JobError(WorkerdError):
             f"job {reply.id} is dead ({self.failure.reason}, {reply.attempts} attempt{plural}{crashes}): "
             f"{self.failure.line()}"
         )
+
+    def __reduce__(self) -> Pickled:
+        return type(self), (self.reply,), self.__dict__
 
 
 class _Answer(msgspec.Struct):
@@ -71,18 +98,45 @@ def _decode_result(raw: msgspec.Raw, levels: int = 3) -> Any:
     return [_decode_result(part, levels - 1) for part in value]
 
 
-class Client:
-    """A connection to the daemon on `socket`; `timeout` is the seconds that it has for an answer."""
+class _Answered(NamedTuple):
+    """The line that answers a request, and where it came from."""
 
-    def __init__(self, socket: str = DEFAULT_SOCKET, *, timeout: float = 30.0) -> None:
+    line: bytes
+    exchange: Exchange
+
+
+class Client:
+    """A client of the daemon on `socket`, else on $WORKERD_SOCKET, else on /run/workerd.sock.
+
+    `timeout` is the seconds that the daemon has for an answer. Where the connection is lost, or the daemon drains, the
+    next one is waited for, for `reconnect` seconds, and what cannot be done twice by that is sent again: what the old
+    one did not take, jobs with an id, and commands.
+    """
+
+    def __init__(self, socket: str | None = None, *, timeout: float = 30.0, reconnect: float = 10.0) -> None:
         """Connect. Raises UnavailableError, with what to do about it."""
-        self.path = str(socket)
+        self.path = os.environ.get(SOCKET_VARIABLE) or DEFAULT_SOCKET if socket is None else str(socket)
         self.timeout = timeout
-        self._socket = connect(self.path, timeout)
-        self._lines: list[bytes] = []  # received, the next one last
-        self._tail = b""
-        self._ended: dict[str, Reply] = {}  # results that nobody has asked for yet
-        self._awaited: set[str] = set()
+        self.reconnect = reconnect
+        self._closed = False
+        self._down = False  # nobody came back when that was last waited for
+        self._connecting = threading.Lock()
+        self._exchange: Exchange | None = self._connect()
+        self._jobs: dict[str, Exchange] = {}  # over which connection the result of each job comes
+        _clients.add(self)
+
+    def _exchanges(self) -> set[Exchange]:
+        """All connections that are in use."""
+        return {exchange for exchange in (self._exchange, *self._jobs.values()) if exchange is not None}
+
+    def after_fork(self) -> None:
+        """Leave the connections to the parent, of which this process is a fork."""
+        # a thread that is not here may hold the lock
+        for exchange in self._exchanges():
+            exchange.forget()
+        self._connecting = threading.Lock()
+        self._exchange = None
+        self._jobs = {}
 
     def __enter__(self) -> Self:
         return self
@@ -92,7 +146,11 @@ class Client:
 
     def close(self) -> None:
         """Close the connection; accepted jobs go on."""
-        self._socket.close()
+        self._closed = True
+        for exchange in self._exchanges():
+            exchange.close(f"{self.path}: {CLOSED}")
+        self._exchange = None
+        self._jobs = {}
 
     def submit(self, target: str, arguments: Any = None, **options: Any) -> str:
         """Submit one job and return its id, once the daemon has it safe; also that of a job it knew before.
@@ -105,38 +163,58 @@ class Client:
 
     def offer(self, target: str, arguments: Any = None, **options: Any) -> tuple[str, bool]:
         """Like submit; and whether the job is new (not a duplicate, for which no result would come)."""
-        line = self._exchange({"target": target, "arguments": arguments, **options})
-        reply = decode_reply(self.path, line)
+        wanted = options.get("reply") == "result"
+        fields = {"target": target, "arguments": arguments, **options}
+        answer = self._ask(fields, repeatable=options.get("id") is not None, result=wanted)
+        reply = decode_reply(self.path, answer.line)
         if reply.error:
             raise Refusal(reply.error.code, reply.error.message)
         if reply.id is None or reply.status not in {"accepted", "duplicate"}:
-            raise unintelligible(self.path, line)
+            raise unintelligible(self.path, answer.line)
         new = reply.status == "accepted"
-        if new and options.get("reply") == "result":
-            self._awaited.add(reply.id)
+        if new and wanted:
+            self._jobs[reply.id] = answer.exchange
         return reply.id, new
 
     def wait(self, job_id: str, timeout: float | None = None) -> Reply:
-        """Wait for the end of a job that was submitted here with reply="result"; its last reply.
+        """Wait for the end of a job that was submitted by this client with reply="result"; its last reply.
 
-        `timeout` in seconds, None for ever. Raises TimeoutError, and the job may be waited for again.
+        `timeout` in seconds, None for ever, 0 to look. Raises WaitTimeout, and the job may be waited for again.
         """
-        if job_id not in self._awaited:
-            raise WorkerdError(f'job {job_id} was not submitted over this connection with reply="result"')
+        exchange = self._jobs.get(job_id)
+        if exchange is None:
+            raise WorkerdError(
+                f'job {job_id} was not submitted by this client, in this process, with reply="result"; or its result '
+                "was taken before"
+            )
         deadline = None if timeout is None else time.monotonic() + timeout
-        while job_id not in self._ended:
-            line = self._next_line(deadline)
-            if not self._keep_result(line):
-                raise unintelligible(self.path, line)
-        self._awaited.remove(job_id)
-        return self._ended.pop(job_id)
+        try:
+            line = exchange.result(job_id, deadline)
+        except LostError as lost:
+            self._jobs.pop(job_id, None)
+            raise UnavailableError(
+                f"{lost}; job {job_id} is safe, and runs (again, if it was running), but its result cannot be had here"
+            ) from None
+        except TimeoutError:
+            raise WaitTimeout(f"job {job_id} has not ended within {timeout:g} s; it goes on", job_id) from None
+        self._jobs.pop(job_id, None)
+        if line is None:
+            raise WorkerdError(f"the result of job {job_id} was taken by another thread")
+        return decode_reply(self.path, line)
 
-    def run(self, target: str, arguments: Any = None, **options: Any) -> Any:
-        """Submit one job, wait for its end and return its result. Raises JobError when it is dead."""
+    def run(self, target: str, arguments: Any = None, *, wait: float | None = None, **options: Any) -> Any:
+        """Submit one job, wait for its end and return its result. Raises JobError when it is dead.
+
+        `wait` is how many seconds to wait, None for ever; the option `timeout` is how many the job may run. Raises
+        WaitTimeout, whose `job_id` may be waited for; the job goes on.
+        """
         job_id, new = self.offer(target, arguments, **options, reply="result")
         if not new:
-            raise WorkerdError(f"job {job_id} was submitted before, and its result goes to whom that was")
-        reply = self.wait(job_id)
+            raise WorkerdError(
+                f"job {job_id} was submitted before, and its result goes over the connection that it came by, if that "
+                "is still there; nobody else can have it"
+            )
+        reply = self.wait(job_id, wait)
         if reply.status == "dead":
             raise JobError(reply)
         return reply.value
@@ -174,7 +252,8 @@ class Client:
 
         Arguments of a dead job that this Python cannot hold, as 1e999, are left as `msgspec.Raw`.
         """
-        line = self._exchange({"command": name, **fields})
+        repeatable = fields.get("action") != "retry"  # of which some may have died again by then
+        line = self._ask({"command": name, **fields}, repeatable=repeatable).line
         try:
             answer = _decode_answer(line)
             result = _decode_result(answer.result)
@@ -186,60 +265,79 @@ class Client:
             raise unintelligible(self.path, line)
         return result
 
-    def _exchange(self, request: dict[str, Any]) -> bytes:
-        """Send one line; the next line that is not the result of an earlier job."""
+    # --- inside -------------------------------------------------------------------------------------------
+
+    def _ask(self, fields: dict[str, Any], *, repeatable: bool, result: bool = False) -> _Answered:
+        """Send a request, again if it must be and may be; what answers it."""
         try:
-            data = _encode(request) + b"\n"
+            line = _encode(fields) + b"\n"
         except UnicodeEncodeError as error:
             text = shown(error.object)
             raise WorkerdError(f"{text} is not text that can be sent; give it in UTF-8") from None
-        try:
-            self._socket.settimeout(self.timeout)
-            self._socket.sendall(data)
-        except (TimeoutError, BlockingIOError):
-            raise self._silent() from None
-        except OSError:
-            pass  # it closed the connection; perhaps it said why
-        deadline = time.monotonic() + self.timeout
-        try:
-            while self._keep_result(line := self._next_line(deadline)):
-                pass
-        except TimeoutError:
-            raise self._silent() from None
-        return line
+        end = time.monotonic() + self.reconnect
+        pause = 0.0
+        while True:
+            exchange = self._connected(end)
+            try:
+                answer = exchange.ask(line, time.monotonic() + self.timeout, result=result)
+            except TimeoutError:
+                text = f"{self.path}: no answer within {self.timeout:g} s; see what the daemon logs"
+                raise UnavailableError(text) from None
+            except LostError as lost:
+                if lost.sent and not repeatable:
+                    raise UnavailableError(f"{lost}: whether it took the request is not known{AN_ID}") from None
+                if self._closed or time.monotonic() + pause >= end:
+                    raise UnavailableError(str(lost)) from None
+            else:
+                if DRAINING not in answer or not _is_draining(answer) or time.monotonic() + pause >= end:
+                    return _Answered(answer, exchange)
+                if self._exchange is exchange:
+                    self._exchange = None  # results may still come over it
+            time.sleep(pause)  # the first time at once: it may be long ago that the connection was lost
+            pause = min(2 * pause or FIRST_PAUSE, LONGEST_PAUSE)
 
-    def _silent(self) -> UnavailableError:
-        # an answer that came now would be taken for that to the next request
-        self._socket.close()
-        return UnavailableError(f"{self.path}: no answer within {self.timeout:g} s; see what the daemon logs")
+    def _connected(self, end: float) -> Exchange:
+        """The connection, or a new one, if the daemon comes back until then."""
+        exchange = self._exchange
+        if exchange is not None and not exchange.lost:
+            return exchange
+        pause = FIRST_PAUSE
+        while True:
+            with self._connecting:
+                if self._closed:
+                    raise WorkerdError(f"{self.path}: {CLOSED}")
+                exchange = self._exchange
+                if exchange is not None and not exchange.lost:
+                    return exchange
+                try:
+                    self._exchange = exchange = self._connect()
+                except UnavailableError:
+                    self._down = self._down or time.monotonic() + pause >= end
+                    if self._down:
+                        raise
+                else:
+                    self._down = False
+                    return exchange
+            time.sleep(pause)
+            pause = min(2 * pause, LONGEST_PAUSE)
 
-    def _keep_result(self, line: bytes) -> bool:
-        if not self._awaited:
-            return False
-        reply = decode_reply(self.path, line)
-        if reply.status not in ENDED or reply.id is None:
-            return False
-        if reply.id in self._awaited:
-            self._ended[reply.id] = reply
-        return True
+    def _connect(self) -> Exchange:
+        return Exchange(self.path, connect(self.path, self.timeout))
 
-    def _next_line(self, deadline: float | None) -> bytes:
-        while not self._lines:
-            left = None if deadline is None else deadline - time.monotonic()
-            if left is not None and left <= 0:
-                raise TimeoutError("the job has not ended in time")
-            self._receive(left)
-        return self._lines.pop()
 
-    def _receive(self, timeout: float | None) -> None:
-        try:
-            self._socket.settimeout(timeout)
-            data = self._socket.recv(READ_SIZE)
-        except TimeoutError:
-            return  # the caller looks at the clock
-        except OSError as error:
-            raise UnavailableError(f"{self.path}: the connection was lost: {error.strerror}") from None
-        if not data:
-            raise UnavailableError(f"{self.path}: the daemon closed the connection before it answered")
-        *lines, self._tail = (self._tail + data).split(b"\n")
-        self._lines = lines[::-1]
+_clients: WeakSet[Client] = WeakSet()
+
+
+def _forked() -> None:
+    for client in list(_clients):
+        client.after_fork()
+
+
+os.register_at_fork(after_in_child=_forked)
+
+
+def _is_draining(line: bytes) -> bool:
+    with contextlib.suppress(msgspec.MsgspecError):
+        error = _decode_answer(line).error
+        return error is not None and error.code == Code.DRAINING
+    return False

@@ -6,7 +6,6 @@ read, and the words that tell a person what to give instead. Nothing is started,
 
 from __future__ import annotations
 
-import difflib
 import keyword
 import os
 from functools import cache, partial
@@ -19,7 +18,7 @@ from msgspec import Meta, Struct
 
 from workerd import values
 from workerd.access import Access
-from workerd.errors import ConfigError, printable, shown
+from workerd.errors import ConfigError, closest, printable, shown
 from workerd.job import Backoff, OptionFields, Options
 from workerd.values import MAX_SOCKET_PATH, MAX_WORKERS, key
 
@@ -261,5 +260,5 @@ def _label(name: str) -> str:
 
 def _instead(given: str, known: Iterable[str]) -> str:
     known = list(known)
-    close = difflib.get_close_matches(given, known, n=1)
-    return f'did you mean "{close[0]}"?' if close else f"remove it, or use one of: {', '.join(known)}"
+    close = closest(given, known)
+    return f'did you mean "{close}"?' if close else f"remove it, or use one of: {', '.join(known)}"

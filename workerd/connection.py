@@ -14,6 +14,7 @@ from workerd.errors import UnavailableError, WorkerdError, shown
 from workerd.values import MAX_SOCKET_PATH
 
 DEFAULT_SOCKET = "/run/workerd.sock"
+SOCKET_VARIABLE = "WORKERD_SOCKET"
 START = "start it with `systemctl start workerd` or `workerd run`"
 OTHER = "name another socket with --socket or WORKERD_SOCKET"
 

@@ -8,7 +8,13 @@ from __future__ import annotations
 
 import json
 from enum import IntEnum, StrEnum
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
+
+LONGEST_NAME = 64  # characters of a name that is compared with others, and ...
+MOST_NAMES = 100  # ... of how many
 
 
 class Exit(IntEnum):
@@ -39,6 +45,9 @@ class Code(StrEnum):
     NOT_FOUND = "not_found"
 
 
+Pickled = tuple[type[Exception], tuple[Any, ...], dict[str, Any]]  # how to make an exception again, elsewhere
+
+
 class WorkerdError(Exception):
     """A failure that a user can understand and mend; `str()` of it is one complete line."""
 
@@ -53,6 +62,9 @@ class ConfigError(WorkerdError):
     def __init__(self, *problems: str) -> None:
         super().__init__("\n".join(problems))
         self.problems = problems
+
+    def __reduce__(self) -> Pickled:
+        return type(self), self.problems, self.__dict__
 
 
 class SpoolError(WorkerdError):
@@ -75,6 +87,17 @@ class UnavailableError(WorkerdError):
     exit_status = Exit.UNAVAILABLE
 
 
+class WaitTimeout(WorkerdError, TimeoutError):  # noqa: N818 - public name, beside JobTimeout
+    """A job has not ended in the time that it was to be waited for. It goes on; `job_id` may be waited for again."""
+
+    def __init__(self, message: str, job_id: str) -> None:
+        super().__init__(message)
+        self.job_id = job_id
+
+    def __reduce__(self) -> Pickled:
+        return type(self), (str(self), self.job_id), self.__dict__
+
+
 class Refusal(WorkerdError):  # noqa: N818 - it is an answer, on the wire and in the client
     """The daemon's answer to a request that it does not take: a `Code` and one line."""
 
@@ -82,6 +105,9 @@ class Refusal(WorkerdError):  # noqa: N818 - it is an answer, on the wire and in
         super().__init__(message)
         self.code = code
         self.message = message
+
+    def __reduce__(self) -> Pickled:
+        return type(self), (self.code, self.message), self.__dict__
 
 
 class JobTimeout(Exception):  # noqa: N818 - public name, raised inside the user's method
@@ -112,3 +138,12 @@ def printable(text: str, limit: int = 400) -> str:
         return text
     text = "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in text[:limit])
     return text if len(text) < limit else f"{text[: limit - 3]}..."
+
+
+def closest(given: str, known: Collection[str]) -> str | None:
+    """The name that was perhaps meant. None of very many, nor for a long one: to compare all would take too long."""
+    import difflib
+
+    if len(given) > LONGEST_NAME or len(known) > MOST_NAMES:
+        return None
+    return next(iter(difflib.get_close_matches(given, known, n=1)), None)

@@ -6,17 +6,19 @@ looked at line by line, which also finds the words for what is wrong.
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, ClassVar, Literal
 
 import msgspec
 from msgspec import UNSET, Meta, Raw, UnsetType
 
-from workerd.errors import Code, Refusal, printable, shown
+from workerd.errors import Code, Refusal, closest, printable, shown
 from workerd.job import OptionFields, Seconds
 
 Id = Annotated[str, Meta(min_length=1, max_length=128)]
 NULL = Raw(b"null")
 TOO_LONG = "a line may be {} bytes long at most ([feeder] max_line); this one was skipped"
+UNKNOWN_KEY = re.compile(r"Object contains unknown field `(.*?)`(.*)", re.DOTALL)
 LONG_LINE = 200  # bytes, on average, from which on it is quicker to look for each newline
 
 
@@ -70,6 +72,10 @@ class Dead(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     all: bool = False
     after: Annotated[int, Meta(ge=0, le=2**63 - 1)] = 0
     limit: Annotated[int, Meta(ge=1, le=1000)] = 100
+
+
+JOB_KEYS = sorted(JobRequest.__struct_fields__)
+COMMAND_KEYS = sorted(Dead.__struct_fields__)
 
 
 class Retire(msgspec.Struct, frozen=True):
@@ -210,10 +216,24 @@ def _parse_line(line: bytes) -> Request:
     except Refusal as refusal:
         code, message = Code(refusal.code), refusal.message
     except msgspec.MsgspecError as error:
-        code, message = Code.BAD_REQUEST, printable(str(error))
+        code, message = (
+            Code.BAD_REQUEST,
+            printable(_plainly(str(error), is_job=not isinstance(value, dict) or "command" not in value)),
+        )
     except RecursionError:
         code, message = Code.BAD_JSON, "the line is not valid JSON: it is nested too deeply"
     return Problem(code, message, _text(value.get("id"), 128) if isinstance(value, dict) else None)
+
+
+def _plainly(complaint: str, *, is_job: bool) -> str:
+    """A complaint of msgspec's in words that help."""
+    if (found := UNKNOWN_KEY.match(complaint)) is None:
+        return complaint
+    key, place = found.groups()
+    known = JOB_KEYS if is_job else COMMAND_KEYS
+    close = closest(key, known)
+    remedy = f'did you mean "{close}"?' if close else f"there are {', '.join(known)}"
+    return f"a {'job' if is_job else 'command'} has no key {shown(key)}{place}; {remedy}"
 
 
 def shape(line: bytes) -> Any:

@@ -42,7 +42,7 @@ def check_client(data: bytes) -> None:
         lambda client: client.wait(client.submit("echo", reply="result")),
     ]
     for use in uses:
-        with answering(data), Client("path", timeout=5) as client, contextlib.suppress(WorkerdError):
+        with answering(data), Client("path", timeout=5, reconnect=0) as client, contextlib.suppress(WorkerdError):
             shown(use(client))
     for wait in (False, True):
         with answering(data):
