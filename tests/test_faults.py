@@ -23,6 +23,7 @@ from faults.page import POINTS, WORKER
 from faults.points import MODULES, all_points
 from faults.service import Death, History, Pause
 from faults.shim import Call, Shim
+from faults.soak import Series
 from faults.walk import Walk
 
 if TYPE_CHECKING:
@@ -588,3 +589,12 @@ def test_the_figures_in_the_readme_are_those_of_the_tables() -> None:
         for row in rows:
             what, figure = row[0].strip("*. "), row[seed].strip("*")
             assert re.search(rf"^ *{figure}  {re.escape(named.get(what, what))}", table, re.MULTILINE), (seed, what)
+
+
+def test_what_grows_is_told_from_what_warms_up() -> None:
+    """Memory that is taken once, at the first purge, is flat after that; what goes on growing is not."""
+    times = [2.0 * sample for sample in range(90)]
+    step = Series("memory", "B", times, [2.0**20 * (34 if at < 64 else 50) for at in times])
+    leak = Series("memory", "B", times, [2.0**20 * (34 + at / 10) for at in times])
+    assert step.flat
+    assert not leak.flat

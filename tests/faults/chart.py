@@ -5,7 +5,7 @@ from __future__ import annotations
 from html import escape
 from typing import TYPE_CHECKING
 
-from faults.soak import WARM_UP, shown
+from faults.soak import shown
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -35,7 +35,7 @@ def draw(series: Sequence[Series], about: str) -> str:
         parts.append(panel(each, TOP + ROW * number, longest))
     minutes = f"{longest / 60:.0f} min" if longest >= 120 else f"{longest:.0f} s"
     bottom = height - BOTTOM + 12
-    warm = LEFT + WARM_UP * (WIDTH - LEFT - RIGHT)
+    warm = LEFT + max((each.warm_up() for each in series), default=0.0) / longest * (WIDTH - LEFT - RIGHT)
     parts += [
         f'<text class="small" x="{LEFT}" y="{bottom}">0</text>',
         f'<text class="small" x="{WIDTH - RIGHT}" y="{bottom}" text-anchor="end">{minutes}</text>',

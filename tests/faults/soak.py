@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from faults.service import Service
 
 INTERVAL = 2.0  # seconds between two samples
-WARM_UP = 0.3  # of the whole, is not judged
+WARM_UP = 0.3  # of the whole, is not judged ...
+FIRST_PURGE = 80.0  # ... nor is the time up to the first purge of known ids, which takes memory of its own, or half
 ID_TTL = 20.0  # seconds, so that the spool forgets as fast as it learns
 GROWTH = 0.05  # of what there is at first, that is called flat ...
 LEAST = {"B": 4 * 2**20, "": 4.0}  # ... or this much, by unit
@@ -30,10 +31,21 @@ class Series(NamedTuple):
     times: list[float]  # seconds
     values: list[float]
 
+    def judged(self) -> list[float]:
+        """The figures without those of the warm-up."""
+        return self.values[self._first() :]
+
+    def warm_up(self) -> float:
+        """Seconds that are not judged."""
+        whole = self.times[-1] if self.times else 0.0
+        return max(WARM_UP * whole, min(FIRST_PURGE, whole / 2))
+
+    def _first(self) -> int:
+        return sum(at < self.warm_up() for at in self.times)
+
     def growth(self) -> float:
         """From the beginning to the end of what is judged, by the straight line that fits best."""
-        first = int(len(self.times) * WARM_UP)
-        xs, ys = self.times[first:], self.values[first:]
+        xs, ys = self.times[self._first() :], self.judged()
         if len(xs) < 3:
             return 0.0
         x, y = sum(xs) / len(xs), sum(ys) / len(ys)
@@ -43,11 +55,11 @@ class Series(NamedTuple):
     @property
     def flat(self) -> bool:
         """Whether it has grown by no more than is to be expected of chance."""
-        judged = self.values[int(len(self.values) * WARM_UP) :]
+        judged = self.judged()
         return self.growth() <= max(LEAST[self.unit], GROWTH * sum(judged) / len(judged))
 
     def __str__(self) -> str:
-        first, last = shown(self.values[int(len(self.values) * WARM_UP)], self.unit), shown(self.values[-1], self.unit)
+        first, last = shown(self.judged()[0], self.unit), shown(self.values[-1], self.unit)
         verdict = "flat" if self.flat else "NOT FLAT"
         return f"{self.name}: {first} .. {last}, trend {shown(self.growth(), self.unit)}: {verdict}"
 
