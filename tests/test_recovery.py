@@ -353,6 +353,20 @@ def test_a_daemon_that_stood_still_and_was_aborted_for_it_charges_nobody(tmp_pat
         assert daemon.log.count("Fatal Python error") == 1
 
 
+def test_a_daemon_that_goes_on_for_a_moment_before_it_is_aborted_charges_nobody(tmp_path: Path) -> None:
+    """Systemd ends a stopped daemon with SIGABRT and SIGCONT: its loop may turn once more before a thread gets the former."""
+    with amid_a_job(tmp_path, watchdog=4) as daemon:
+        daemon.kill(signal.SIGSTOP)
+        since = time.monotonic()
+        wait_until(lambda: time.monotonic() > since + 4.1, "the watchdog's time is over")
+        daemon.kill(signal.SIGCONT)
+        assert daemon.status()["state"] == "running"  # so what was due meanwhile was done
+        end(daemon, signal.SIGABRT)
+        daemon.start()
+        wait_until(lambda: (tmp_path / "ledger").read_text() == "run\nrun\n", "it runs again")
+        assert crashes(tmp_path / "spool.db") == [(0, READY)]
+
+
 @pytest.mark.parametrize("watchdog", [600, 0])
 def test_a_daemon_that_is_aborted_for_another_reason_charges_its_jobs(tmp_path: Path, watchdog: int) -> None:
     """Whoever sends the signal to a daemon that is well, as a job can, does not get off by that; nor where no watchdog

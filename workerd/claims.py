@@ -41,6 +41,8 @@ REVOKED_TO = 5  # ... to before here must not be begun
 EXPIRED = 6  # position of the job that has run out of time
 SENT = 7  # position of the latest job whose end needs a message, which was sent
 
+STANDSTILL = 0.9  # of the time that systemd's watchdog allows: it kills no sooner, and a loop that turns has half of it
+
 NEVER = 2**64 - 1  # in REVOKED_FROM: nothing is taken back
 VISIBLE = 0.001  # seconds after which a store is surely seen by the other processor; drains take under 1 us
 

@@ -337,7 +337,7 @@ os.register_at_fork(after_in_child=_forked)
 
 
 def _is_draining(line: bytes) -> bool:
-    with contextlib.suppress(msgspec.MsgspecError):
+    with contextlib.suppress(msgspec.MsgspecError, ValueError, RecursionError):
         error = _decode_answer(line).error
         return error is not None and error.code == Code.DRAINING
     return False

@@ -10,7 +10,7 @@ import logging
 from typing import TYPE_CHECKING, NamedTuple
 
 from workerd import clock
-from workerd.claims import Claims
+from workerd.claims import STANDSTILL, Claims
 from workerd.errors import DamagedSpoolError, SpoolError
 from workerd.spool import Spool
 from workerd.spoolfile import CLAIMS, STACK, beside
@@ -29,7 +29,6 @@ DAEMON_KILLED = (
     b'{"reason":"crashed","type":"WorkerCrashed",'
     b'"message":"the daemon and its workers were killed while this job ran","traceback":""}'
 )
-MOST = 0.9  # of the time that systemd's watchdog allows: it kills no sooner, and a loop that turns has half of it
 
 
 class Recovered(NamedTuple):
@@ -87,7 +86,7 @@ def recover(spool: Spool, claims: Claims, stack_file: StackFile, queue: JobQueue
 def stood_still(stack: Stack, claims: Claims) -> bool:
     """Whether the daemon was aborted for want of a sign of life, as systemd's watchdog does: that is no job's doing."""
     at, within = claims.signed()
-    return stack.aborted and 0 < MOST * within <= stack.at - at
+    return stack.aborted and 0 < STANDSTILL * within <= stack.at - at
 
 
 def has_used_up_its_crashes(job: Job) -> bool:

@@ -9,6 +9,7 @@ import time
 from typing import TYPE_CHECKING
 
 from workerd import metrics, notify
+from workerd.claims import STANDSTILL
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -46,6 +47,7 @@ class Reporter:
         # a commit, by its begin; when it was looked at; seconds until then
         self._seen: tuple[float | None, float, float] = (None, 0.0, 0.0)
         self._claims: Claims | None = None
+        self._turned: float | None = None  # when the loop was last seen to turn, monotonic
         self._sign = (0, 0)  # the last one of life, see Claims.sign
         self._signing: asyncio.Future[None] | None = None
         self._loss_timer: asyncio.TimerHandle | None = None
@@ -54,8 +56,11 @@ class Reporter:
     def watchdog(self) -> None:
         """Show systemd that the loop turns, now and from now on."""
         if (interval := self.notifier.watchdog_interval) is not None:
-            now = time.time_ns()
-            if self.notifier.watchdog():
+            now, turned = time.time_ns(), time.monotonic()
+            # after a standstill systemd's SIGABRT may be on its way: a sign now would hide that
+            stood = self._turned is not None and turned - self._turned >= STANDSTILL * 2 * interval
+            self._turned = turned
+            if self.notifier.watchdog() and not stood:
                 self._sign = (now, int(2e9 * interval))
                 self._note_sign()
             self.loop.call_later(interval, self.watchdog)
