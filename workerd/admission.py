@@ -16,7 +16,7 @@ from msgspec import UNSET, UnsetType
 from workerd import clock, protocol
 from workerd.access import Access
 from workerd.answer import Answer
-from workerd.errors import Code, SpoolError, closest, shown
+from workerd.errors import Code, SpoolError, meant, shown
 from workerd.job import Job, Options
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("workerd")
 
-UNKNOWN_TARGET = "no method of the class is called {}; {}the targets are {}"
+UNKNOWN_TARGET = "no method of the class is called {}; {}"
 SPOOL_FULL = "{} jobs are queued and no more than {} may be ([spool] max_jobs); try again later"
 QUOTA_EXCEEDED = (
     "user {} may have no more than {} jobs with {} bytes, dead ones included ([access] user_jobs, user_bytes); "
@@ -245,6 +245,5 @@ class Admission:
         """Why the peer may submit no job of the target."""
         if target in self.targets:
             return Code.FORBIDDEN, self.denials.tell(peer, f"submit jobs of {target}")
-        close = closest(target, self.targets)
-        perhaps = f'did you mean "{close}"? ' if close else ""
-        return Code.UNKNOWN_TARGET, UNKNOWN_TARGET.format(shown(target), perhaps, ", ".join(sorted(self.targets)))
+        remedy = f"{meant(target, self.targets)} the targets are {', '.join(sorted(self.targets))}".lstrip()
+        return Code.UNKNOWN_TARGET, UNKNOWN_TARGET.format(shown(target), remedy)

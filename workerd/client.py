@@ -32,8 +32,6 @@ from workerd.replies import Failure, Reply, Summary, decode_reply, unintelligibl
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    from workerd.errors import Pickled
-
 __all__ = [
     "Client",
     "Failure",
@@ -48,7 +46,7 @@ __all__ = [
 
 FIRST_PAUSE = 0.02  # seconds before the daemon is looked for again, twice as many each time
 LONGEST_PAUSE = 0.5
-DRAINING = b'"draining"'
+DRAINING = f'"{Code.DRAINING}"'.encode()
 AN_ID = "; give a job an id of its own, and it can be sent again without being run twice"
 CLOSED = "this client is closed; make another one"
 
@@ -67,9 +65,6 @@ class JobError(WorkerdError):
             f"job {reply.id} is dead ({self.failure.reason}, {reply.attempts} attempt{plural}{crashes}): "
             f"{self.failure.line()}"
         )
-
-    def __reduce__(self) -> Pickled:
-        return type(self), (self.reply,), self.__dict__
 
 
 class _Answer(msgspec.Struct):
@@ -277,8 +272,8 @@ class Client:
         end = time.monotonic() + self.reconnect
         pause = 0.0
         while True:
-            exchange = self._connected(end)
             try:
+                exchange = self._connected()
                 answer = exchange.ask(line, time.monotonic() + self.timeout, result=result)
             except TimeoutError:
                 text = f"{self.path}: no answer within {self.timeout:g} s; see what the daemon logs"
@@ -288,6 +283,10 @@ class Client:
                     raise UnavailableError(f"{lost}: whether it took the request is not known{AN_ID}") from None
                 if self._closed or time.monotonic() + pause >= end:
                     raise UnavailableError(str(lost)) from None
+            except UnavailableError:  # nobody listens
+                self._down = self._down or time.monotonic() + pause >= end
+                if self._down:
+                    raise
             else:
                 if DRAINING not in answer or not _is_draining(answer) or time.monotonic() + pause >= end:
                     return _Answered(answer, exchange)
@@ -296,30 +295,19 @@ class Client:
             time.sleep(pause)  # the first time at once: it may be long ago that the connection was lost
             pause = min(2 * pause or FIRST_PAUSE, LONGEST_PAUSE)
 
-    def _connected(self, end: float) -> Exchange:
-        """The connection, or a new one, if the daemon comes back until then."""
+    def _connected(self) -> Exchange:
+        """The connection, or a new one. Raises UnavailableError."""
         exchange = self._exchange
         if exchange is not None and not exchange.lost:
             return exchange
-        pause = FIRST_PAUSE
-        while True:
-            with self._connecting:
-                if self._closed:
-                    raise WorkerdError(f"{self.path}: {CLOSED}")
-                exchange = self._exchange
-                if exchange is not None and not exchange.lost:
-                    return exchange
-                try:
-                    self._exchange = exchange = self._connect()
-                except UnavailableError:
-                    self._down = self._down or time.monotonic() + pause >= end
-                    if self._down:
-                        raise
-                else:
-                    self._down = False
-                    return exchange
-            time.sleep(pause)
-            pause = min(2 * pause, LONGEST_PAUSE)
+        with self._connecting:
+            if self._closed:
+                raise WorkerdError(f"{self.path}: {CLOSED}")
+            exchange = self._exchange  # another thread may have made it
+            if exchange is None or exchange.lost:
+                self._exchange = exchange = self._connect()
+                self._down = False
+            return exchange
 
     def _connect(self) -> Exchange:
         return Exchange(self.path, connect(self.path, self.timeout))

@@ -18,7 +18,7 @@ from msgspec import Meta, Struct
 
 from workerd import values
 from workerd.access import Access
-from workerd.errors import ConfigError, closest, printable, shown
+from workerd.errors import ConfigError, meant, printable, shown
 from workerd.job import Backoff, OptionFields, Options
 from workerd.values import MAX_SOCKET_PATH, MAX_WORKERS, key
 
@@ -260,5 +260,4 @@ def _label(name: str) -> str:
 
 def _instead(given: str, known: Iterable[str]) -> str:
     known = list(known)
-    close = closest(given, known)
-    return f'did you mean "{close}"?' if close else f"remove it, or use one of: {', '.join(known)}"
+    return meant(given, known) or f"remove it, or use one of: {', '.join(known)}"

@@ -16,7 +16,7 @@ from workerd.values import MAX_SOCKET_PATH
 DEFAULT_SOCKET = "/run/workerd.sock"
 SOCKET_VARIABLE = "WORKERD_SOCKET"
 START = "start it with `systemctl start workerd` or `workerd run`"
-OTHER = "name another socket with --socket or WORKERD_SOCKET"
+OTHER = f"name another socket with --socket or {SOCKET_VARIABLE}"
 
 
 def connect(path: str, timeout: float) -> socket.socket:

@@ -45,13 +45,20 @@ class Code(StrEnum):
     NOT_FOUND = "not_found"
 
 
-Pickled = tuple[type[Exception], tuple[Any, ...], dict[str, Any]]  # how to make an exception again, elsewhere
-
-
 class WorkerdError(Exception):
     """A failure that a user can understand and mend; `str()` of it is one complete line."""
 
     exit_status = Exit.FAILED
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Be made again elsewhere of what it has: what it was made of differs from class to class."""
+        return _made_again, (type(self), self.args), self.__dict__
+
+
+def _made_again(kind: type[WorkerdError], args: tuple[Any, ...]) -> WorkerdError:
+    error = kind.__new__(kind)
+    error.args = args
+    return error
 
 
 class ConfigError(WorkerdError):
@@ -62,9 +69,6 @@ class ConfigError(WorkerdError):
     def __init__(self, *problems: str) -> None:
         super().__init__("\n".join(problems))
         self.problems = problems
-
-    def __reduce__(self) -> Pickled:
-        return type(self), self.problems, self.__dict__
 
 
 class SpoolError(WorkerdError):
@@ -94,9 +98,6 @@ class WaitTimeout(WorkerdError, TimeoutError):  # noqa: N818 - public name, besi
         super().__init__(message)
         self.job_id = job_id
 
-    def __reduce__(self) -> Pickled:
-        return type(self), (str(self), self.job_id), self.__dict__
-
 
 class Refusal(WorkerdError):  # noqa: N818 - it is an answer, on the wire and in the client
     """The daemon's answer to a request that it does not take: a `Code` and one line."""
@@ -105,9 +106,6 @@ class Refusal(WorkerdError):  # noqa: N818 - it is an answer, on the wire and in
         super().__init__(message)
         self.code = code
         self.message = message
-
-    def __reduce__(self) -> Pickled:
-        return type(self), (self.code, self.message), self.__dict__
 
 
 class JobTimeout(Exception):  # noqa: N818 - public name, raised inside the user's method
@@ -140,10 +138,14 @@ def printable(text: str, limit: int = 400) -> str:
     return text if len(text) < limit else f"{text[: limit - 3]}..."
 
 
-def closest(given: str, known: Collection[str]) -> str | None:
-    """The name that was perhaps meant. None of very many, nor for a long one: to compare all would take too long."""
+def meant(given: str, known: Collection[str]) -> str:
+    """A question: which of the known names it was perhaps; "" where none is like it.
+
+    Nor is one asked of very many, or for a long one: to compare all would take too long.
+    """
     import difflib
 
     if len(given) > LONGEST_NAME or len(known) > MOST_NAMES:
-        return None
-    return next(iter(difflib.get_close_matches(given, known, n=1)), None)
+        return ""
+    close = difflib.get_close_matches(given, known, n=1)
+    return f'did you mean "{close[0]}"?' if close else ""

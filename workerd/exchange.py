@@ -169,6 +169,7 @@ class Exchange:
         finally:
             with self._lock:
                 self._leave(waiter)
+            self._release()
 
     def _leave(self, waiter: threading.Lock | None) -> None:
         """Wait, and read, no more: somebody else must read. The lock is held."""

@@ -12,7 +12,7 @@ from typing import Annotated, Any, ClassVar, Literal
 import msgspec
 from msgspec import UNSET, Meta, Raw, UnsetType
 
-from workerd.errors import Code, Refusal, closest, printable, shown
+from workerd.errors import Code, Refusal, meant, printable, shown
 from workerd.job import OptionFields, Seconds
 
 Id = Annotated[str, Meta(min_length=1, max_length=128)]
@@ -231,8 +231,7 @@ def _plainly(complaint: str, *, is_job: bool) -> str:
         return complaint
     key, place = found.groups()
     known = JOB_KEYS if is_job else COMMAND_KEYS
-    close = closest(key, known)
-    remedy = f'did you mean "{close}"?' if close else f"there are {', '.join(known)}"
+    remedy = meant(key, known) or f"there are {', '.join(known)}"
     return f"a {'job' if is_job else 'command'} has no key {shown(key)}{place}; {remedy}"
 
 

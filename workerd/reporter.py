@@ -56,12 +56,12 @@ class Reporter:
     def watchdog(self) -> None:
         """Show systemd that the loop turns, now and from now on."""
         if (interval := self.notifier.watchdog_interval) is not None:
-            now, turned = time.time_ns(), time.monotonic()
+            now, turned, allowed = time.time_ns(), time.monotonic(), 2 * interval
             # after a standstill systemd's SIGABRT may be on its way: a sign now would hide that
-            stood = self._turned is not None and turned - self._turned >= STANDSTILL * 2 * interval
+            stood = self._turned is not None and turned - self._turned >= STANDSTILL * allowed
             self._turned = turned
             if self.notifier.watchdog() and not stood:
-                self._sign = (now, int(2e9 * interval))
+                self._sign = (now, int(allowed * 1e9))
                 self._note_sign()
             self.loop.call_later(interval, self.watchdog)
 
